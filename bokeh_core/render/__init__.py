@@ -1,0 +1,106 @@
+"""The physical renderer: no weights, any torch device, linear light."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from ..errors import BokehError
+from ..optics.defocus import Defocus
+from .layering import build_scene, harden_edges, thresholds
+from .light import to_display, to_linear
+from .scatter import scatter
+from .scene import Scene
+
+QUALITIES = ("fast",)
+
+Progress = Callable[[int, int], None]
+
+
+def composite(scene: Scene, k: float, focus: float, check: Callable[[], None] | None = None) -> torch.Tensor:
+    """FAST: scatter each layer by its own defocus, then compose back to front with "over" (RENDERERS.md, section 1).
+
+    Each layer is divided by the scatter of a plane of ones of the same layer, so uneven radii neither brighten nor darken it.
+    Returns [3, H, W] linear light.
+    """
+    out = sharp = None
+    for layer in scene.layers:
+        radius = (k * (layer.disparity - focus)).abs()
+        if out is None:  # the farthest layer covers everything
+            blurred = scatter(torch.cat([layer.color, torch.ones_like(radius)[None]]), radius, check)
+            out, sharp = blurred[:3] / blurred[3:].clamp_min(1e-6), layer.color
+            continue
+        color, alpha = layer.color * layer.alpha, layer.alpha
+        if scene.estimated:
+            # A guessed rim in focus shows the background through itself. Believe that only as far as blurring that background matters.
+            change = (out.clamp_min(0).sqrt() - sharp.clamp_min(0).sqrt()).square().mean(0)
+            doubt = torch.where(radius < 1, RIM_DOUBT**2 / (change + RIM_DOUBT**2), 0)
+            opaque = alpha + (1 - alpha) * doubt * (alpha >= 0.5)
+            color = color + (opaque - alpha) * sharp
+            alpha = opaque
+        sharp = color + (1 - alpha) * sharp
+        blurred = scatter(torch.cat([color, alpha[None], torch.ones_like(alpha)[None]]), radius, check)
+        blurred = blurred[:4] / blurred[4:].clamp_min(1e-6)
+        out = out * (1 - blurred[3:]) + blurred[:3]
+    return out
+
+
+RIM_DOUBT = 0.2  # square-root light; below this change a guessed rim stays as it was
+
+
+def render(
+    image: torch.Tensor,
+    defocus: Defocus,
+    *,
+    linear: bool = False,
+    quality: str = "fast",
+    cuts: list[float] | None = None,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """Render depth of field into a batch of pictures.
+
+    image     [B, 3, H, W] float, display-encoded sRGB, or linear light when `linear`; values above 1 are light and survive
+    defocus   disparity [B, H, W], focus [B], k [B] (a Defocus of one frame serves a batch)
+    quality   one of QUALITIES
+    cuts      layer thresholds shared by a whole shot (see layering.thresholds); measured on this batch when not given
+    progress  called as progress(done, total) after each tile of work; may raise to interrupt
+
+    Returns a new tensor of the same shape and dtype. A frame with k = 0 is returned bit for bit.
+    Errors: BokehError for an unknown quality, shapes that do not match, values that are not numbers.
+    """
+    if quality not in QUALITIES:
+        raise BokehError(f"Unknown quality '{quality}'. Use one of: {', '.join(QUALITIES)}.")
+    if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
+        raise BokehError(f"The picture has shape {list(image.shape)}; expected [frames, 3, height, width] with no zero size.")
+    frames, _, height, width = image.shape
+    if tuple(defocus.disparity.shape[1:]) != (height, width):
+        size = "x".join(str(n) for n in defocus.disparity.shape[:0:-1])
+        raise BokehError(f"The defocus is {size} px but the picture is {width}x{height} px. Make the defocus from this picture.")
+    count = defocus.disparity.shape[0]
+    if count not in (1, frames):
+        raise BokehError(f"{frames} pictures but {count} depth maps. Give one depth map, or one for each picture.")
+
+    disparity = defocus.disparity.to(image.device, torch.float32)
+    focus, k = ([float(v) for v in t.expand(count)] for t in (defocus.focus, defocus.k))
+    k_max = max(abs(v) for v in k)
+    harden = math.ceil(width / 300)
+    if cuts is None and k_max > 0:
+        sample = disparity[torch.linspace(0, count - 1, min(count, 8)).long().unique()]
+        cuts = thresholds(torch.stack([harden_edges(d, k_max, harden) for d in sample]), k_max)
+
+    out = torch.empty_like(image)
+    for i in range(frames):
+        j = i if count > 1 else 0
+        if k[j] == 0:
+            out[i] = image[i]
+        else:
+            color = image[i].float() if linear else to_linear(image[i].float())
+            if not bool(color.isfinite().all()):
+                raise BokehError(f"Picture {i} holds values that are not numbers (NaN or infinite). Repair it before rendering.")
+            check = (lambda: progress(i, frames)) if progress else None  # noqa: B023 - called within this turn of the loop
+            scene = build_scene(color, harden_edges(disparity[j], k[j], harden), cuts, k[j])
+            result = composite(scene, k[j], focus[j], check)
+            out[i] = result if linear else to_display(result)
+        if progress:
+            progress(i + 1, frames)
+    return out

@@ -23,6 +23,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Scene:
-    """Layers ordered back to front: layers[0] is the farthest."""
+    """Layers ordered back to front: layers[0] is the farthest. `estimated` marks layers guessed from one picture."""
 
     layers: tuple[Layer, ...]
+    estimated: bool = False

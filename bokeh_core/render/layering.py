@@ -1,0 +1,181 @@
+"""From a picture with disparity to ordered, complete layers.
+
+Where depth jumps, the renderer must know what lies in front; where it slopes gently, nothing needs to be cut. So the disparity range is cut
+at a few thresholds, chosen to separate as many depth jumps as possible while cutting as little smooth surface as possible.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .fill import harmonic_fill
+from .scene import Layer, Scene
+
+MAX_LAYERS = 4
+JUMP = 1.5  # px of signed defocus between neighbours: a silhouette, not a slope
+BINS = 256
+
+
+def _neighbours(s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lower and upper value of every horizontal and vertical neighbour pair of [..., H, W]: two flat tensors."""
+    a = torch.cat([s[..., 1:].flatten(), s[..., 1:, :].flatten()])
+    b = torch.cat([s[..., :-1].flatten(), s[..., :-1, :].flatten()])
+    return torch.minimum(a, b), torch.maximum(a, b)
+
+
+def thresholds(disparity: torch.Tensor, k: float, max_layers: int = MAX_LAYERS) -> list[float]:
+    """Disparities at which to cut, ascending; at most max_layers - 1 of them, none when there is no depth jump.
+
+    disparity  [B, H, W] or [H, W], all frames that shall share the cuts
+    k          px of defocus per unit of disparity; a jump is a neighbour difference above JUMP px
+
+    Greedy: each cut is placed where (jumps crossed that no earlier cut separates) - (smooth neighbour pairs crossed) is largest, in the
+    middle of the best interval, and only if that pays for more than a few percent of a picture edge.
+    """
+    d = disparity.float()
+    lo, hi = float(d.min()), float(d.max())
+    if (hi - lo) * abs(k) <= JUMP:
+        return []
+    low, high = _neighbours((d - lo) * (BINS / (hi - lo)))
+    jump = (high - low) * (hi - lo) / BINS * abs(k) > JUMP
+    low, high = low.long().clamp(0, BINS), high.long().clamp(0, BINS)
+
+    def crossings(which: torch.Tensor) -> torch.Tensor:
+        """How many of the pairs each of the BINS + 1 bin borders lies between."""
+        step = torch.bincount(low[which] + 1, minlength=BINS + 2) - torch.bincount(high[which] + 1, minlength=BINS + 2)
+        return step.cumsum(0)[: BINS + 1]
+
+    smooth = crossings(~jump)
+    enough = 0.02 * (d.shape[-1] + d.shape[-2]) * (d.numel() // (d.shape[-1] * d.shape[-2]))
+    cuts: list[int] = []
+    while len(cuts) < max_layers - 1:
+        score = crossings(jump) - smooth
+        best = int(score.max())
+        if best <= enough:
+            break
+        first = int(score.argmax())
+        last = first
+        while last < BINS and int(score[last + 1]) >= 0.98 * best:
+            last += 1
+        cut = (first + last) // 2
+        cuts.append(cut)
+        jump = jump & ~((low < cut) & (high >= cut))
+    return [lo + cut * (hi - lo) / BINS for cut in sorted(cuts)]
+
+
+def harden_edges(disparity: torch.Tensor, k: float, radius: int) -> torch.Tensor:
+    """Give pixels on a soft depth edge the depth of one of its two sides.
+
+    Estimated depth maps ramp over several pixels where the world jumps; blurring the ramp as if it were a surface leaves a half-sharp rim.
+    A ramp is a neighbourhood steeper than 0.75 px of defocus per px (a real surface that steep would hide itself), and a pixel without a
+    plateau of its own; it takes the nearer of the lowest and highest disparity within `radius` px. Hard edges and slopes stay as they are.
+
+    disparity [H, W] -> [H, W]
+    """
+    if k == 0 or radius < 1:
+        return disparity
+    d = disparity[None, None]
+    padded = F.pad(d, (1, 1, 1, 1), mode="replicate")
+    around = [padded[..., y : y + d.shape[-2], x : x + d.shape[-1]] for y in range(3) for x in range(3) if (x, y) != (1, 1)]
+    difference = (torch.stack(around) - d).abs() * abs(k)
+    steep = F.max_pool2d((difference.amax(0) > 0.75).to(d), 3, 1, 1) > 0
+    plateau = (difference < 0.25).sum(0) >= 3
+    window = 2 * radius + 1
+    high = F.max_pool2d(d, window, 1, radius)
+    low = -F.max_pool2d(-d, window, 1, radius)
+    snapped = torch.where(d - low < high - d, low, high)
+    return torch.where(steep & ~plateau, snapped, d)[0, 0]
+
+
+def _box(x: torch.Tensor, radius: int) -> torch.Tensor:
+    return F.avg_pool2d(F.pad(x[None], (radius,) * 4, mode="replicate"), 2 * radius + 1, 1)[0]
+
+
+def edge_alpha(color: torch.Tensor, near: torch.Tensor, jump: torch.Tensor) -> torch.Tensor:
+    """Coverage of the pixels along a silhouette, from their colours: [H, W] 0..1.
+
+    A depth map says on which side of a silhouette a pixel lies, not how much of it is covered; its colour does: I = a F + (1 - a) B, with F
+    and B continued from the pure pixels of either side. The estimate is the posterior mean for that mixture, with the hard mask as prior and
+    the local colour variances as noise, so that where texture makes colours unreliable the hard mask stays.
+
+    color  [3, H, W] linear light
+    near   [H, W] bool, the nearer side
+    jump   [H, W] bool, pixels next to a depth jump; elsewhere the answer is the mask
+    """
+    mask = near.to(color)
+    if not bool(jump.any()):
+        return mask
+    soft = _box(_box(mask[None], 1), 1)[0]
+    soft = torch.where(near, soft.clamp(0.5, 1), soft.clamp(0, 0.5))
+    x = color.clamp_min(0).sqrt()  # roughly perceptual: equal errors count equally in light and shade
+
+    def side(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = _box(weight[None], 3).clamp_min(1e-6)
+        mean = _box(x * weight, 3) / total
+        variance = (_box(x * x * weight, 3) / total - mean * mean).clamp_min(0).mean(0)
+        return harmonic_fill(x, weight), variance
+
+    behind, behind_var = side((1 - soft) ** 4)
+    front, front_var = side(soft**4)
+    line = front - behind
+    along, length = ((x - behind) * line).sum(0), (line * line).sum(0)
+    noise = PRIOR + CONTRAST * torch.where(near, front_var, behind_var)
+    alpha = ((along + noise * mask) / (length + noise)).clamp(0, 1)
+    noise = noise + RESIDUAL * (x - behind - alpha * line).square().sum(0)  # colours off the line between F and B explain nothing
+    alpha = (along + noise * mask) / (length + noise)
+    alpha = torch.where(near, alpha.clamp(0.5, 1), alpha.clamp(0, 0.5))
+    alpha = torch.where(alpha > 1 - PURE, 1.0, torch.where(alpha < PURE, 0.0, alpha))
+    return torch.where(jump, alpha, mask)
+
+
+# Noise model of edge_alpha, in the square-root domain (developed on our own synthetic scenes).
+PRIOR, CONTRAST, RESIDUAL = 0.01, 3.0, 3.0
+PURE = 0.1  # coverage this close to 0 or 1 counts as pure
+
+
+def build_scene(color: torch.Tensor, disparity: torch.Tensor, cuts: list[float], k: float) -> Scene:
+    """Cut a picture into complete layers.
+
+    color      [3, H, W] linear light
+    disparity  [H, W]
+    cuts       ascending disparities from `thresholds`
+    k          px of defocus per unit of disparity: says which disparity steps are silhouettes
+
+    Silhouette pixels are split between the layers they mix. What a nearer layer hides is continued smoothly from what is visible, in colour
+    and in disparity; the farthest layer covers everything.
+    """
+    label = torch.zeros(disparity.shape, dtype=torch.long, device=disparity.device)
+    for cut in cuts:
+        label += disparity > cut
+    present = [i for i in range(len(cuts) + 1) if bool((label == i).any())]
+    padded = F.pad(disparity[None, None], (1, 1, 1, 1), mode="replicate")
+    spread = F.max_pool2d(padded, 3, 1) + F.max_pool2d(-padded, 3, 1)
+    jump = spread[0, 0] * abs(k) > JUMP
+
+    # covered[n]: how much of a pixel the layers from present[n] forward take.
+    covered = [torch.ones_like(disparity)]
+    for index in present[1:]:
+        near = label >= index
+        beside = F.max_pool2d(near[None, None].to(color), 3, 1, 1) + F.max_pool2d((~near)[None, None].to(color), 3, 1, 1) > 1
+        covered.append(edge_alpha(color, near, jump & beside[0, 0]))
+    covered.append(torch.zeros_like(disparity))
+
+    layers: list[Layer] = []
+    behind = color
+    for n, index in enumerate(present):
+        own = label == index
+        mine, nearer = covered[n], torch.minimum(covered[n + 1], covered[n])
+        visible = nearer < PURE
+        front = ((color - (1 - mine) * behind) / mine.clamp_min(1e-3)).clamp_min(0) if n else color
+        pure = own & visible & (mine > 1 - PURE)
+        pure = pure if bool(pure.any()) else own
+        full = harmonic_fill(torch.cat([front, disparity[None]]), pure.to(color))
+        shown = torch.where(visible & (mine > 0), front, full[:3])
+        depth = torch.where(own, disparity, harmonic_fill(disparity[None], own.to(color))[0])
+        if n == 0:
+            alpha = torch.ones_like(disparity)
+        else:
+            hidden = harmonic_fill(own[None].to(color), (label <= index).to(color))[0] > 0.5
+            alpha = torch.where(nearer < 0.5, (mine - nearer) / (1 - nearer), hidden.to(color))
+        layers.append(Layer(color=shown, alpha=alpha, disparity=depth))
+        behind = shown if n == 0 else behind + alpha * (shown - behind)
+    return Scene(tuple(layers), estimated=True)
