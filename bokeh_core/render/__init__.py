@@ -17,6 +17,18 @@ QUALITIES = ("fast",)
 Progress = Callable[[int, int], None]
 
 
+def _slope(signed: torch.Tensor) -> torch.Tensor:
+    """Gradient of the blur radius |s| for scatter: [H, W] signed defocus px -> [2, H, W]. The smaller one-sided difference, so that steps give 0."""
+
+    def along(dim: int) -> torch.Tensor:
+        step = signed.diff(dim=dim)
+        ahead = torch.cat([step, step.narrow(dim, step.shape[dim] - 1, 1)], dim) if step.shape[dim] else torch.zeros_like(signed)
+        back = torch.cat([step.narrow(dim, 0, 1), step], dim) if step.shape[dim] else torch.zeros_like(signed)
+        return torch.where(ahead * back > 0, torch.where(ahead.abs() < back.abs(), ahead, back), 0)
+
+    return torch.stack([along(1), along(0)]).clamp(-0.5, 0.5) * signed.sign()
+
+
 def composite(scene: Scene, k: float, focus: float, check: Callable[[], None] | None = None) -> torch.Tensor:
     """FAST: scatter each layer by its own defocus, then compose back to front with "over" (RENDERERS.md, section 1).
 
@@ -25,9 +37,10 @@ def composite(scene: Scene, k: float, focus: float, check: Callable[[], None] | 
     """
     out = sharp = None
     for layer in scene.layers:
-        radius = (k * (layer.disparity - focus)).abs()
+        signed = k * (layer.disparity - focus)
+        radius, slope = signed.abs(), _slope(signed)
         if out is None:  # the farthest layer covers everything
-            blurred = scatter(torch.cat([layer.color, torch.ones_like(radius)[None]]), radius, check)
+            blurred = scatter(torch.cat([layer.color, torch.ones_like(radius)[None]]), radius, slope, check)
             out, sharp = blurred[:3] / blurred[3:].clamp_min(1e-6), layer.color
             continue
         color, alpha = layer.color * layer.alpha, layer.alpha
@@ -39,7 +52,7 @@ def composite(scene: Scene, k: float, focus: float, check: Callable[[], None] | 
             color = color + (opaque - alpha) * sharp
             alpha = opaque
         sharp = color + (1 - alpha) * sharp
-        blurred = scatter(torch.cat([color, alpha[None], torch.ones_like(alpha)[None]]), radius, check)
+        blurred = scatter(torch.cat([color, alpha[None], torch.ones_like(alpha)[None]]), radius, slope, check)
         blurred = blurred[:4] / blurred[4:].clamp_min(1e-6)
         out = out * (1 - blurred[3:]) + blurred[:3]
     return out

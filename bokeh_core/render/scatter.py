@@ -2,10 +2,11 @@
 
 The published definition is the scatter sum
 
-    out(p) = sum_q values(q) * w(|r_q|, p - q),     sum_p w(r, p) = 1,
+    out(p) = sum_q values(q) * w(r_q, p - q) * (1 + (p - q) . slope_q / r_q),     sum_p w(r, p) = 1,
 
 with w the disk of radius r convolved with the bilinear tent of one pixel (RENDERERS.md, sections 1 and 2, pitfall 5): exactly what rays
-through an aperture see of a bilinearly sampled picture, and the identity at r = 0.
+through an aperture see of a bilinearly sampled picture, and the identity at r = 0. The last factor is the Jacobian of x = p + a s(x), the
+point of a sloping surface that aperture point a sees; it matters only where the radius itself changes from pixel to pixel.
 
 `scatter_dense` is that sum, written plainly: the judge. `scatter` is what users run: the same sum turned round (each pixel collects from
 the offsets that can reach its tile), with the kernel's symmetry halving the additions and a resolution pyramid above radius R0.
@@ -17,9 +18,11 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
 R0 = 16  # px; larger disks are scattered on a coarser grid
 STEPS = 64  # table entries per pixel of radius
+FLAT = 0.02  # slopes below this change no pixel visibly (about 60 dB)
 
 
 @lru_cache(maxsize=1)
@@ -50,8 +53,8 @@ def disk_table() -> torch.Tensor:
     return torch.cat([identity, table], dim=2).float()
 
 
-def scatter_dense(values: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """The definition, for radii up to R0: [C, H, W] values, [H, W] radius px -> [C, H, W] in float64. Slow; judges `scatter`."""
+def scatter_dense(values: torch.Tensor, radius: torch.Tensor, slope: torch.Tensor | None = None) -> torch.Tensor:
+    """The definition, for radii up to R0; arguments as for `scatter`, result in float64. Slow; judges `scatter`."""
     table = disk_table().double()
     index = (radius.double() * STEPS).round().long()
     reach = math.ceil(float(radius.max())) + 1
@@ -60,8 +63,16 @@ def scatter_dense(values: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     for dy in range(-reach, reach + 1):
         for dx in range(-reach, reach + 1):
             weight = table[abs(dx), abs(dy)][index]
+            if slope is not None:
+                tilt = _tilt(slope.double(), radius.double())
+                weight = weight * (1 + dx * tilt[0] + dy * tilt[1])
             out[:, reach + dy : reach + dy + h, reach + dx : reach + dx + w] += values.double() * weight
     return out[:, reach : reach + h, reach : reach + w]
+
+
+def _tilt(slope: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    """slope / radius, with the pixel's own tent (variance 2/3 of a disk of radius 1) taken off where the disk is no larger than a pixel."""
+    return slope * radius / (radius.square() + 2 / 3)
 
 
 def _down(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -97,11 +108,14 @@ def _up(x: torch.Tensor, dim: int, n: int) -> torch.Tensor:
     return out.movedim(-1, dim)
 
 
-def scatter(values: torch.Tensor, radius: torch.Tensor, check: Callable[[], None] | None = None) -> torch.Tensor:
+def scatter(
+    values: torch.Tensor, radius: torch.Tensor, slope: torch.Tensor | None = None, check: Callable[[], None] | None = None
+) -> torch.Tensor:
     """Spread every pixel of `values` over its disk.
 
     values  [C, H, W] float32, any range; give a plane of ones to get the weight that arrived at each pixel
     radius  [H, W] float32 >= 0, px; not bounded
+    slope   [2, H, W] d radius / dx, d radius / dy, below 1 in size; None = locally constant radius
     check   called between tiles; may raise to interrupt
 
     Returns [C, H, W] float32. What leaves the frame is lost.
@@ -109,67 +123,96 @@ def scatter(values: torch.Tensor, radius: torch.Tensor, check: Callable[[], None
     c, h, w = values.shape
     far = radius > R0
     if not bool(far.any()):
-        return _scatter_level(values, radius, check)
+        return _scatter_level(values, radius, slope, check)
     near = ~far
-    out = _scatter_level(values * near, radius * near, check) if bool(near.any()) else torch.zeros_like(values)
+    out = torch.zeros_like(values)
+    if bool(near.any()):
+        out = _scatter_level(values * near, radius * near, slope, check)
     # Extra variance of the coarser grid (spline down, linear up, wider tent): 2 px^2 an axis, taken off the disk's r^2 / 4.
-    mass = far.to(values)
-    coarse = torch.cat([values * mass, (mass * (radius.square() - 8).clamp_min(0).sqrt())[None], mass[None]])
-    coarse = _down(_down(coarse, 1), 2)
-    coarse_radius = coarse[-2] / coarse[-1].clamp_min(1e-12) / 2
-    coarse_out = scatter(coarse[:-2], coarse_radius, check)
-    return out + _up(_up(coarse_out, 2, w), 1, h)
+    shrunk = (radius.square() - 8).clamp_min(0).sqrt()
+    extra = [shrunk[None] / 2] if slope is None else [shrunk[None] / 2, slope]
+    planes = torch.cat([*extra, torch.ones_like(radius)[None]]) * far
+    coarse = _down(_down(torch.cat([values * far, planes]), 1), 2)
+    means = coarse[c:-1] / coarse[-1:].clamp_min(1e-12)
+    coarse = scatter(coarse[:c], means[0], means[1:] if slope is not None else None, check)
+    return out + _up(_up(coarse, 2, w), 1, h)
 
 
-def _scatter_level(values: torch.Tensor, radius: torch.Tensor, check: Callable[[], None] | None) -> torch.Tensor:
+def _scatter_level(
+    values: torch.Tensor, radius: torch.Tensor, slope: torch.Tensor | None, check: Callable[[], None] | None
+) -> torch.Tensor:
     """The scatter sum for radii up to R0, tile by tile."""
     c, h, w = values.shape
-    device = values.device
-    table = disk_table().to(device)
+    table = disk_table().to(values.device)
     pad = R0 + 1
-    index = torch.nn.functional.pad((radius * STEPS).round().to(torch.int32), (pad, pad, pad, pad))
-    padded = torch.nn.functional.pad(values, (pad, pad, pad, pad))
+    index = F.pad((radius * STEPS).round().to(torch.int32), (pad,) * 4)
+    padded = F.pad(values, (pad,) * 4)
+    tilt = None if slope is None else F.pad(_tilt(slope, radius), (pad,) * 4)
     out = torch.empty_like(values)
-    rows, cols = (64, 256) if device.type == "cpu" else (2048, 2048)
+    rows, cols = (64, 256) if values.device.type == "cpu" else (2048, 2048)
     for y in range(0, h, rows):
         for x in range(0, w, cols):
             if check is not None:
                 check()
             th, tw = min(rows, h - y), min(cols, w - x)
             # The tile's reach: the largest disk that can touch it.
-            window = index[y : y + th + 2 * pad, x : x + tw + 2 * pad]
-            reach = math.ceil(int(window.max()) / STEPS) + 1
+            reach = math.ceil(int(index[y : y + th + 2 * pad, x : x + tw + 2 * pad].max()) / STEPS) + 1
+            here = (slice(y + pad - reach, y + pad + th + reach), slice(x + pad - reach, x + pad + tw + reach))
             if reach == 1:
                 out[:, y : y + th, x : x + tw] = values[:, y : y + th, x : x + tw]
                 continue
-            cut = pad - reach
-            window = window[cut : cut + th + 2 * reach, cut : cut + tw + 2 * reach].contiguous()
-            source = padded[:, y + cut : y + cut + th + 2 * reach, x + cut : x + cut + tw + 2 * reach].contiguous()
-            out[:, y : y + th, x : x + tw] = _collect(source, window, table, reach)
+            tilted = None
+            if tilt is not None:
+                tilted = tilt[:, here[0], here[1]]
+                if float(tilted.abs().max()) * (reach - 1) < FLAT:
+                    tilted = None
+            out[:, y : y + th, x : x + tw] = _collect(padded[:, here[0], here[1]].contiguous(), index[here].flatten(), tilted, table, reach)
     return out
 
 
-def _collect(source: torch.Tensor, index: torch.Tensor, table: torch.Tensor, reach: int) -> torch.Tensor:
-    """Sum over all offsets within `reach`: [C, h + 2 reach, w + 2 reach] -> [C, h, w]."""
+def _collect(source: torch.Tensor, index: torch.Tensor, tilt: torch.Tensor | None, table: torch.Tensor, reach: int) -> torch.Tensor:
+    """Sum over all offsets within `reach`: [C, h + 2 reach, w + 2 reach] -> [C, h, w].
+
+    The kernel is even in dx and in dy, so each product serves its mirror images; the tilt is odd, and changes only their signs.
+    """
     c, sh, sw = source.shape
     h, w = sh - 2 * reach, sw - 2 * reach
+    tilted = tilt is not None
+    source_x, source_y = (source * tilt[0], source * tilt[1]) if tilted else (None, None)
     out = source.new_zeros(c, h, w)
-    column = source.new_empty(c, h, sw)
-    weighted = torch.empty_like(source)
+    even, odd = source.new_empty(c, h, sw), source.new_empty(c, h, sw) if tilted else None
+    product = torch.empty_like(source)
+    other = torch.empty_like(source) if tilted else None
     weight = source.new_empty(sh * sw)
-    index = index.view(-1)
     limit = (reach - 1) ** 2
     for a in range(reach + 1):
-        column.zero_()
+        even.zero_()
+        if tilted:
+            odd.zero_()
         for b in range(reach + 1):
             if max(a - 1, 0) ** 2 + max(b - 1, 0) ** 2 >= limit:
                 break
             torch.index_select(table[a, b], 0, index, out=weight)
-            torch.mul(source, weight.view(sh, sw), out=weighted)
-            column += weighted[:, reach - b : reach - b + h]
+            plane = weight.view(sh, sw)
+            plus, minus = slice(reach - b, reach - b + h), slice(reach + b, reach + b + h)
+            torch.mul(source, plane, out=product)
+            even += product[:, plus]
             if b:
-                column += weighted[:, reach + b : reach + b + h]
-        out += column[:, :, reach - a : reach - a + w]
+                even += product[:, minus]
+            if tilted and b:
+                torch.mul(source_y, plane * b, out=other)
+                even += other[:, plus]
+                even -= other[:, minus]
+            if tilted and a:
+                torch.mul(source_x, plane * a, out=other)
+                odd += other[:, plus]
+                if b:
+                    odd += other[:, minus]
+        right, left = slice(reach - a, reach - a + w), slice(reach + a, reach + a + w)
+        out += even[:, :, right]
         if a:
-            out += column[:, :, reach + a : reach + a + w]
+            out += even[:, :, left]
+        if a and tilted:
+            out += odd[:, :, right]
+            out -= odd[:, :, left]
     return out
