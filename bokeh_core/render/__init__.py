@@ -58,7 +58,7 @@ def composite(scene: Scene, k: float, focus: float, check: Callable[[], None] | 
     return out
 
 
-RIM_DOUBT = 0.2  # square-root light; below this change a guessed rim stays as it was
+RIM_DOUBT = 0.3  # square-root light; below this change a guessed rim stays as it was
 
 
 def render(

@@ -1,0 +1,477 @@
+"""The command `bokeh`: depth of field for pictures and clips without ComfyUI.
+
+Heavy imports happen inside the functions, so that `bokeh --help` answers at once.
+"""
+
+import argparse
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+from . import __version__
+from .errors import BokehError
+
+RENDER_HELP = """
+pictures   PNG (8 or 16 bit), JPEG, WebP, TIFF, EXR, .npy ([H, W], [H, W, 3] or [H, W, 4]; always float32 on output)
+clips      a folder of pictures in natural order, or a video file (mp4, mov, mkv, m4v; webm and avi can be read)
+depth      a picture, or for clips also a folder or video with one map per frame. Grey PNG is scaled to 0..1 by its full
+           range (255 or 65535); EXR and .npy values are used as they are, never normalised
+
+examples
+  bokeh render photo.jpg --depth depth.png --focus 812,430 --strength 30 -o out.png
+  bokeh render frames/ --depth disparity/ --focus-track "0: 0.9, 48: 0.35 ease" -o out.mp4
+  bokeh render photo.jpg --depth metres.exr --depth-unit metres --f-number 1.4 --focal-length 85 --focus-distance 2 -o out.png
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise BokehError(f"{message}; '{self.prog} -h' shows all options.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="bokeh", description="Real depth of field for pictures and video.")
+    parser.add_argument("--version", action="version", version=f"bokeh {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | render", parser_class=_Parser)
+
+    demo = commands.add_parser("demo", help="render a built-in scene, to see what the renderer does")
+    demo.add_argument("-o", "--output", default="bokeh-demo", metavar="DIR", help="folder for the pictures (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="another number gives another look of the scene (default: 0)")
+    demo.add_argument("--width", type=int, default=960, metavar="PX", help="width of the pictures in px (default: 960)")
+    demo.set_defaults(run=_demo)
+
+    command = commands.add_parser(
+        "render",
+        help="blur a picture or clip by its depth",
+        description="Blur a picture or clip by its depth.",
+        epilog=RENDER_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=_render)
+    add = command.add_argument
+    add("image", metavar="IMAGE", help="picture, folder of frames or video file")
+    add("--depth", required=True, metavar="FILE", help="depth of IMAGE: picture, folder or video; large = near unless told otherwise")
+    add("-o", "--output", required=True, metavar="OUT", help="picture for a picture; video file or folder (no suffix) for a clip")
+
+    depth = command.add_argument_group("depth")
+    depth.add_argument(
+        "--depth-far-is-bright",
+        action="store_true",
+        help="relative depth with large = far: mirror it (v becomes 1 - v; outside 0..1 min + max - v)",
+    )
+    depth.add_argument(
+        "--depth-unit",
+        choices=("relative", "metres", "disparity"),
+        default="relative",
+        help="what the numbers are: relative disparity (default), distance in metres, or disparity in 1/m; the last two need EXR or .npy",
+    )
+
+    group = command.add_argument_group("focus (default: found automatically)")
+    focus = group.add_mutually_exclusive_group()
+    focus.add_argument(
+        "--focus",
+        metavar="X,Y",
+        help="the point to be sharp: pixels from the top left corner, or fractions when both are 0..1 with a dot (0.5,0.4)",
+    )
+    focus.add_argument("--focus-mask", metavar="FILE", help="white marks the subject; a folder holds one mask per frame")
+    focus.add_argument(
+        "--focus-disparity",
+        type=float,
+        metavar="V",
+        help="the depth value to be sharp, as in the depth file (metres: 1/m), after mirroring",
+    )
+    focus.add_argument(
+        "--focus-track", metavar="TEXT", help='keyframes for a clip: "frame: value [easing], ...", value or point (x, y) in fractions'
+    )
+    group.add_argument(
+        "--focus-each-frame", action="store_true", help="clips: measure focus in every frame and smooth it, instead of once in the first"
+    )
+
+    group = command.add_argument_group("blur")
+    amount = group.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--strength",
+        type=float,
+        metavar="R",
+        help="blur radius in px, at 1024 px image width, that the whole depth range gets (default: 24)",
+    )
+    amount.add_argument("--k", type=float, metavar="PX", help="blur radius in px of this image per unit of depth difference")
+    amount.add_argument("--exif", action="store_true", help="the lens the photo was taken with; needs metric depth")
+    group.add_argument("--f-number", type=float, metavar="N", help="a real lens: aperture, e.g. 1.8; needs --focal-length and metric depth")
+    group.add_argument("--focal-length", type=float, metavar="MM", help="focal length in mm")
+    group.add_argument("--sensor-width", type=float, metavar="MM", help="sensor side along the image's width in mm (default: 36)")
+    group.add_argument(
+        "--focus-distance", type=float, metavar="M", help="distance in focus in metres; takes the place of the focus options"
+    )
+
+    group = command.add_argument_group("result")
+    group.add_argument(
+        "--linear", action="store_true", help="the input is linear light and the output stays linear (EXR always is; video files never are)"
+    )
+    group.add_argument(
+        "--bits", type=int, choices=(8, 16), help="PNG and TIFF: bits per channel (default: as the input); EXR: 16 = half float"
+    )
+    group.add_argument(
+        "--fps", type=_rate, metavar="N", help="frames per second of a video made from a folder, e.g. 24 or 30000/1001 (default: 24)"
+    )
+    group.add_argument("--quality", default="fast", metavar="NAME", help="fast (default)")
+    group.add_argument("--overlay", metavar="FILE", help="also write a picture that shows what is in focus (of the first frame)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 0 done, 2 bad input (one sentence on stderr), 130 interrupted."""
+    try:
+        args = build_parser().parse_args(argv)
+        args.run(args)
+    except BokehError as error:
+        print(f"bokeh: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # disk full, no permission
+        print(f"bokeh: {error.filename or 'file'}: {error.strerror or error}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bokeh: interrupted; no partial file is left.", file=sys.stderr)
+        return 130
+    return 0
+
+
+# bokeh demo
+
+DEMO_STRENGTH = 24.0
+
+
+def _demo(args: argparse.Namespace) -> None:
+    import torch
+
+    from .media import Picture, write_picture
+    from .optics.defocus import make_defocus
+    from .optics.focus import from_point
+    from .optics.lens import Lens
+    from .render import render
+    from .synthesis.demo import demo_scene
+
+    if not 64 <= args.width <= 8192:
+        raise BokehError(f"--width is {args.width}; expected 64 to 8192 px.")
+    folder = Path(args.output)
+    if folder.exists() and not folder.is_dir():
+        raise BokehError(f"{folder} is a file; expected a folder for the pictures.")
+    scene = demo_scene(args.seed, args.width, round(args.width * 2 / 3))
+    image, disparity, points = scene["image"][None], scene["disparity"][None], scene["focus_points"]
+
+    def save(name: str, pixels: torch.Tensor, bits: int = 8) -> torch.Tensor:
+        write_picture(folder / name, Picture(pixels), bits)
+        print(folder / name)
+        return pixels
+
+    def defocus(point: str, strength: float):
+        return make_defocus(disparity, Lens(strength=strength), from_point(disparity, *points[point]), width=args.width)
+
+    save("depth.png", disparity.expand(3, -1, -1), 16)
+    sheet = {
+        "sharp": save("sharp.png", image[0]),
+        "what is in focus": save("overlay.png", defocus("middle", DEMO_STRENGTH).overlay(image.clamp(0, 1))[0]),
+    }
+    results = [("near", 1), ("middle", 1), ("far", 1), ("middle", 2)]
+    with _bar(len(results), "rendering") as progress:
+        for done, (point, times) in enumerate(results, start=1):
+            pixels = render(image, defocus(point, times * DEMO_STRENGTH))[0]
+            sheet[f"focus {point}, strength {times * DEMO_STRENGTH:g}"] = save(
+                f"focus_{point}_strength_{times * DEMO_STRENGTH:g}.png", pixels
+            )
+            progress(done, len(results))
+    save("contact_sheet.png", _contact_sheet(sheet, columns=3))
+
+
+def _contact_sheet(pictures: dict, columns: int):
+    """Named pictures [3, H, W] in one, side by side and row by row, each with its name below."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageDraw, ImageFont
+
+    from .media import quantised
+
+    _, height, width = next(iter(pictures.values())).shape
+    caption = max(12, width // 30)
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * (height + 2 * caption)), (24, 24, 24))
+    draw = ImageDraw.Draw(sheet)
+    for index, (name, pixels) in enumerate(pictures.items()):
+        x, y = index % columns * width, index // columns * (height + 2 * caption)
+        sheet.paste(Image.fromarray(quantised(pixels.permute(1, 2, 0).numpy(), 8)), (x, y))
+        draw.text((x + width / 2, y + height + caption), name, fill=(230, 230, 230), font=ImageFont.load_default(caption), anchor="mm")
+    return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255).permute(2, 0, 1)
+
+
+# bokeh render
+
+
+def _render(args: argparse.Namespace) -> None:
+    _check_options(args)
+    from . import media
+    from .render import QUALITIES
+    from .video.clips import open_clip, write_clip
+    from .video.streaming import DepthClip, render_frames
+
+    if args.quality not in QUALITIES:
+        raise BokehError(f"The quality '{args.quality}' is unknown; use one of {', '.join(QUALITIES)}.")
+    output = Path(args.output)
+    _check_output(output, args)
+    clip = open_clip(args.image)
+    to_video = _check_kind(output, clip, args)
+    linear = args.linear or clip.linear
+
+    with _bar(len(clip), "reading depth") as progress:
+        depth = DepthClip(args.depth, len(clip), clip.size, args.depth_unit, args.depth_far_is_bright, progress)
+    if depth.note:
+        _say(depth.note)
+    lens = _lens(args)
+    focus = _focus(args, clip, depth, lens, linear)
+    k = _k(args, lens, focus, depth, clip.size[1])
+
+    if args.overlay:
+        _write_overlay(args.overlay, clip, depth, focus, k, lens, linear)
+    with _bar(len(clip), "rendering") as progress:
+        frames = render_frames(clip, depth, focus, k, lens, linear=linear, quality=args.quality, progress=progress)
+        exr_out = output.suffix.lower() == ".exr" if clip.is_picture else clip.linear
+        frames = (_in_light(frame, linear, (args.linear or exr_out) and not to_video) for frame in frames)
+        if clip.is_picture:
+            (picture,) = frames
+            if picture.alpha is not None and output.suffix.lower() in (".jpg", ".jpeg"):
+                _say("JPEG holds no transparency; the alpha channel was left out.")
+            media.write_picture(output, picture, args.bits)
+        else:
+            with write_clip(output, clip, rate=args.fps, bits=args.bits) as write:
+                for picture in frames:
+                    write(picture)
+    print(output)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    chosen = {name: getattr(args, name) for name in ("focus", "focus_mask", "focus_disparity", "focus_track")}
+    focus = next((_flag(name) for name, value in chosen.items() if value is not None), None)
+    amount = "--strength" if args.strength is not None else "--k" if args.k is not None else "--exif" if args.exif else None
+    lens = [name for name in ("f_number", "focal_length", "sensor_width") if getattr(args, name) is not None]
+    if amount and lens:
+        raise BokehError(f"{amount} and {_flag(lens[0])} both set the blur; give only one of them.")
+    if lens and (args.f_number is None or args.focal_length is None):
+        raise BokehError("A real lens needs both --f-number and --focal-length; or use --strength alone.")
+    if args.focus_distance is not None and focus:
+        raise BokehError(f"{focus} and --focus-distance both set the focus; give only one of them.")
+    if args.focus_distance is not None and not args.focus_distance > 0:
+        raise BokehError(f"--focus-distance is {args.focus_distance:g} m; expected more than 0.")
+    if args.focus_distance is not None and args.depth_unit == "relative":
+        raise BokehError("--focus-distance needs metric depth; say --depth-unit metres or disparity, or set the focus another way.")
+    if (lens or args.exif) and args.depth_unit == "relative":
+        raise BokehError("A real lens needs metric depth; say --depth-unit metres or disparity if the file is, or use --strength.")
+    if args.depth_far_is_bright and args.depth_unit != "relative":
+        raise BokehError(f"--depth-far-is-bright and --depth-unit {args.depth_unit} do not go together; the unit says what is near.")
+    if args.focus_each_frame and (args.focus_distance is not None or focus in ("--focus-disparity", "--focus-track")):
+        raise BokehError(f"--focus-each-frame and {focus or '--focus-distance'} do not go together; the focus is already given.")
+    for name in ("strength", "k"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise BokehError(f"{_flag(name)} is {value:g}; expected 0 or more.")
+
+
+def _check_output(output: Path, args: argparse.Namespace) -> None:
+    """No file that is read may be written, and no two outputs may be one."""
+    inputs = {
+        Path(name).resolve(): flag
+        for flag, name in (("IMAGE", args.image), ("--depth", args.depth), ("--focus-mask", args.focus_mask))
+        if name
+    }
+    for flag, target in (("-o", output), ("--overlay", args.overlay and Path(args.overlay))):
+        if target and target.resolve() in inputs:
+            raise BokehError(f"{flag} {target} is also {inputs[target.resolve()]}; choose another name, inputs are never overwritten.")
+    if args.overlay and Path(args.overlay).resolve() == output.resolve():
+        raise BokehError(f"-o and --overlay are both {output}; choose two names.")
+
+
+def _check_kind(output: Path, clip, args: argparse.Namespace) -> bool:
+    """Whether OUT fits what is rendered, found before work starts. Returns True when OUT is a video file."""
+    from . import media
+    from .video.clips import check_clip_target, frame_names
+
+    if args.overlay:
+        media.check_writable(args.overlay)
+    if clip.is_picture:
+        media.check_writable(output, args.bits)
+        to_video = False
+    else:
+        to_video = check_clip_target(output)
+        if not to_video:
+            frame_names(clip)
+    if args.fps is not None and not (to_video and clip.rate is None):
+        raise BokehError("--fps is for a video made from a folder of frames; a video keeps its own rate, so leave --fps out.")
+    if args.linear and clip.rate is not None:
+        raise BokehError("--linear is for pictures; a video file is never linear light, so leave it out.")
+    return to_video
+
+
+def _lens(args: argparse.Namespace):
+    from .optics.lens import Lens
+
+    if args.exif:
+        lens = Lens.from_exif(args.image)
+        return replace(lens, focus_distance=args.focus_distance or lens.focus_distance)
+    if args.f_number is not None:
+        sensor = 36.0 if args.sensor_width is None else args.sensor_width
+        return Lens(f_number=args.f_number, focal_length=args.focal_length, sensor_width=sensor, focus_distance=args.focus_distance)
+    return Lens() if args.strength is None else Lens(strength=args.strength)
+
+
+def _focus(args: argparse.Namespace, clip, depth, lens, linear: bool):
+    """[frames] focus disparities for the whole clip, known before the first frame is rendered."""
+    import torch
+
+    from .media import read_plane
+    from .optics import focus as focusing
+    from .video.clips import open_clip
+
+    frames = len(clip)
+    each = args.focus_each_frame
+    pictures = masks = None
+    if args.focus_disparity is not None:
+        return focusing.from_value(args.focus_disparity, frames)
+    if args.focus_track is not None:
+        return _track(args.focus_track, depth)
+    if args.focus is not None:
+        x, y = _point(args.focus, clip.size)
+    elif args.focus_mask is not None:
+        masks = open_clip(args.focus_mask)
+        if masks.is_picture:
+            mask = read_plane(args.focus_mask, "focus mask")[0]
+            masks = [mask] * frames
+        elif len(masks) != frames:
+            raise BokehError(
+                f"{args.focus_mask} has {len(masks)} masks for {frames} frame{'s' * (frames > 1)}; "
+                "expected one for each, or a single picture."
+            )
+        else:
+            each = True
+            masks = masks.planes("focus mask")
+    elif args.focus_distance is not None or (lens.focus_distance is not None and depth.metric):
+        return focusing.from_value(1 / (args.focus_distance or lens.focus_distance), frames)
+    else:
+        pictures = clip
+
+    found = []
+    with _bar(frames if each else 1, "finding focus") as progress:
+        beside = masks if masks is not None else pictures if pictures is not None else [None] * frames
+        for disparity, other in zip(depth, beside, strict=False):
+            if args.focus is not None:
+                found.append(focusing.from_point(disparity[None], x, y))
+            elif masks is not None:
+                found.append(focusing.from_mask(disparity[None], other))
+            else:
+                found.append(focusing.auto(disparity[None], _in_light(other, linear, False).pixels[None].clamp(0, 1)))
+            if not each:
+                break
+            progress(len(found), frames)
+    measured = torch.cat(found)
+    return focusing.smooth(measured) if each else measured.expand(frames)
+
+
+def _track(text: str, depth):
+    """A focus track as one value per frame; its points are looked up in their own frames, read one after the other."""
+    from .optics import focus as focusing
+
+    track = focusing.FocusTrack.parse(text)
+    points = {min(key.frame, len(depth) - 1) for key in track.keys if isinstance(key.value, tuple)}
+    seen = {}
+    if points:
+        for index, disparity in enumerate(depth):
+            if index in points:
+                seen[index] = disparity[None]
+            if index == max(points):
+                break
+
+    def number(key):
+        if not isinstance(key.value, tuple):
+            return key
+        disparity = seen[min(key.frame, len(depth) - 1)]
+        return replace(key, value=float(focusing.from_point(disparity, *key.value)[0]))
+
+    return focusing.FocusTrack(tuple(number(key) for key in track.keys)).values(len(depth))
+
+
+def _point(text: str, size: tuple[int, int]) -> tuple[float, float]:
+    """X,Y in pixels, or in fractions when both are 0..1 and written with a dot, as fractions of width and height."""
+    height, width = size
+    pieces = [piece.strip() for piece in text.split(",")]
+    try:
+        x, y = (float(piece) for piece in pieces)
+    except ValueError as error:
+        raise BokehError(f"--focus is '{text}'; expected two numbers X,Y such as 812,430 (pixels) or 0.5,0.4 (fractions).") from error
+    if all("." in piece for piece in pieces) and 0 <= x <= 1 and 0 <= y <= 1:
+        return x, y
+    if not (0 <= x < width and 0 <= y < height):
+        raise BokehError(f"--focus {text} lies outside the picture; expected 0,0 to {width - 1},{height - 1}, or fractions 0.0 to 1.0.")
+    return (int(x) + 0.5) / width, (int(y) + 0.5) / height
+
+
+def _k(args: argparse.Namespace, lens, focus, depth, width: int):
+    import torch
+
+    if args.k is not None:
+        return torch.full_like(focus, args.k)
+    return lens.k(width, focus, metric=depth.metric, disparity_range=depth.span[1] - depth.span[0])
+
+
+def _write_overlay(target: str, clip, depth, focus, k, lens, linear: bool) -> None:
+    from .media import Picture, write_picture
+    from .optics.defocus import Defocus
+
+    picture = _in_light(next(iter(clip)), linear, False)
+    defocus = Defocus(next(iter(depth))[None], focus[:1], k[:1], lens, depth.metric)
+    overlay = Picture(defocus.overlay(picture.pixels[None].clamp(0, 1))[0])
+    write_picture(target, _in_light(overlay, False, Path(target).suffix.lower() == ".exr"))
+    print(target)
+
+
+def _in_light(picture, linear: bool, wanted: bool):
+    """The picture in linear light (`wanted`) or display-encoded; `linear` says which it is in now."""
+    from .render.light import to_display, to_linear
+
+    if linear == wanted:
+        return picture
+    return replace(picture, pixels=(to_linear if wanted else to_display)(picture.pixels))
+
+
+def _rate(text: str) -> Fraction:
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if not 0 < rate <= 1000:
+        raise argparse.ArgumentTypeError(f"'{text}' is no frame rate; expected a number above 0 such as 24 or 30000/1001")
+    return rate
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _say(note: str) -> None:
+    print(f"note: {note}", file=sys.stderr)
+
+
+@contextmanager
+def _bar(total: int, what: str):
+    """Yield progress(done, total), drawn on stderr when that is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, unit="frame", file=sys.stderr, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+if __name__ == "__main__":
+    sys.exit(main())
