@@ -1,6 +1,5 @@
 """The physical renderer: no weights, any torch device, linear light."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -61,6 +60,13 @@ def composite(scene: Scene, k: float, focus: float, check: Callable[[], None] | 
 RIM_DOUBT = 0.3  # square-root light; below this change a guessed rim stays as it was
 
 
+def shot_cuts(disparity: torch.Tensor, k: float) -> list[float]:
+    """Layer thresholds for a whole shot: measured on frames of it, [S, H, W], with its largest k. Pass them to `render` chunk by chunk."""
+    if k == 0:
+        return []
+    return thresholds(torch.stack([harden_edges(d, k) for d in disparity]), k)
+
+
 def render(
     image: torch.Tensor,
     defocus: Defocus,
@@ -69,50 +75,54 @@ def render(
     quality: str = "fast",
     cuts: list[float] | None = None,
     progress: Progress | None = None,
+    device: torch.device | str | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Render depth of field into a batch of pictures.
 
     image     [B, 3, H, W] float, display-encoded sRGB, or linear light when `linear`; values above 1 are light and survive
-    defocus   disparity [B, H, W], focus [B], k [B] (a Defocus of one frame serves a batch)
+    defocus   disparity [B, H, W], focus [B], k [B] (a Defocus of one frame serves a batch, one picture serves a Defocus of many frames)
     quality   one of QUALITIES
-    cuts      layer thresholds shared by a whole shot (see layering.thresholds); measured on this batch when not given
+    cuts      layer thresholds shared by a whole shot (see shot_cuts); measured on this batch when not given
     progress  called as progress(done, total) after each tile of work; may raise to interrupt
+    device    where to compute, one frame at a time; None = where the image is
+    out       [B, 3, H, W] tensor to write the result to; None = a new one like the image
 
-    Returns a new tensor of the same shape and dtype. A frame with k = 0 is returned bit for bit.
+    Returns `out`. A frame with k = 0 is returned bit for bit. The image is never modified.
     Errors: BokehError for an unknown quality, shapes that do not match, values that are not numbers.
     """
     if quality not in QUALITIES:
         raise BokehError(f"Unknown quality '{quality}'. Use one of: {', '.join(QUALITIES)}.")
     if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
         raise BokehError(f"The picture has shape {list(image.shape)}; expected [frames, 3, height, width] with no zero size.")
-    frames, _, height, width = image.shape
+    pictures, _, height, width = image.shape
     if tuple(defocus.disparity.shape[1:]) != (height, width):
         size = "x".join(str(n) for n in defocus.disparity.shape[:0:-1])
         raise BokehError(f"The defocus is {size} px but the picture is {width}x{height} px. Make the defocus from this picture.")
-    count = defocus.disparity.shape[0]
-    if count not in (1, frames):
-        raise BokehError(f"{frames} pictures but {count} depth maps. Give one depth map, or one for each picture.")
+    maps = defocus.disparity.shape[0]
+    if pictures != maps and 1 not in (pictures, maps):
+        raise BokehError(f"{pictures} pictures but {maps} depth maps. Give one depth map, or one for each picture.")
 
-    disparity = defocus.disparity.to(image.device, torch.float32)
-    focus, k = ([float(v) for v in t.expand(count)] for t in (defocus.focus, defocus.k))
-    k_max = max(abs(v) for v in k)
-    harden = math.ceil(width / 300)
-    if cuts is None and k_max > 0:
-        sample = disparity[torch.linspace(0, count - 1, min(count, 8)).long().unique()]
-        cuts = thresholds(torch.stack([harden_edges(d, k_max, harden) for d in sample]), k_max)
-
-    out = torch.empty_like(image)
+    frames = max(pictures, maps)
+    device = torch.device(device) if device is not None else image.device
+    focus, k = ([float(v) for v in t] for t in (defocus.focus, defocus.k))
+    if cuts is None:
+        sample = torch.linspace(0, maps - 1, min(maps, 8)).long().unique()
+        cuts = shot_cuts(defocus.disparity[sample].to(device, torch.float32), max(abs(v) for v in k))
+    if out is None:
+        out = image.new_empty(frames, 3, height, width)
     for i in range(frames):
-        j = i if count > 1 else 0
+        picture, j = image[i if pictures > 1 else 0], i if maps > 1 else 0
         if k[j] == 0:
-            out[i] = image[i]
+            out[i] = picture
         else:
-            color = image[i].float() if linear else to_linear(image[i].float())
-            if not bool(color.isfinite().all()):
+            light = picture.to(device, torch.float32)
+            light = light if linear else to_linear(light)
+            if not bool(light.isfinite().all()):
                 raise BokehError(f"Picture {i} holds values that are not numbers (NaN or infinite). Repair it before rendering.")
             check = (lambda: progress(i, frames)) if progress else None  # noqa: B023 - called within this turn of the loop
-            scene = build_scene(color, harden_edges(disparity[j], k[j], harden), cuts, k[j])
-            result = composite(scene, k[j], focus[j], check)
+            disparity = harden_edges(defocus.disparity[j].to(device, torch.float32), k[j])
+            result = composite(build_scene(light, disparity, cuts, k[j]), k[j], focus[j], check)
             out[i] = result if linear else to_display(result)
         if progress:
             progress(i + 1, frames)

@@ -4,6 +4,8 @@ Where depth jumps, the renderer must know what lies in front; where it slopes ge
 at a few thresholds, chosen to separate as many depth jumps as possible while cutting as little smooth surface as possible.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -62,27 +64,38 @@ def thresholds(disparity: torch.Tensor, k: float, max_layers: int = MAX_LAYERS) 
     return [lo + cut * (hi - lo) / BINS for cut in sorted(cuts)]
 
 
-def harden_edges(disparity: torch.Tensor, k: float, radius: int) -> torch.Tensor:
+def _pool(x: torch.Tensor, radius: int) -> torch.Tensor:
+    """Maximum over a (2 radius + 1)^2 window of [1, 1, H, W]."""
+    x = F.max_pool2d(x, (2 * radius + 1, 1), 1, (radius, 0))
+    return F.max_pool2d(x, (1, 2 * radius + 1), 1, (0, radius))
+
+
+def harden_edges(disparity: torch.Tensor, k: float) -> torch.Tensor:
     """Give pixels on a soft depth edge the depth of one of its two sides.
 
     Estimated depth maps ramp over several pixels where the world jumps; blurring the ramp as if it were a surface leaves a half-sharp rim.
     A ramp is a neighbourhood steeper than 0.75 px of defocus per px (a real surface that steep would hide itself), and a pixel without a
-    plateau of its own; it takes the nearer of the lowest and highest disparity within `radius` px. Hard edges and slopes stay as they are.
+    plateau of its own; it takes the nearer of the lowest and highest disparity around it, within 1/300 of the width. Hard edges and slopes
+    stay as they are.
 
     disparity [H, W] -> [H, W]
     """
-    if k == 0 or radius < 1:
+    if k == 0:
         return disparity
     d = disparity[None, None]
+    height, width = disparity.shape
     padded = F.pad(d, (1, 1, 1, 1), mode="replicate")
-    around = [padded[..., y : y + d.shape[-2], x : x + d.shape[-1]] for y in range(3) for x in range(3) if (x, y) != (1, 1)]
-    difference = (torch.stack(around) - d).abs() * abs(k)
-    steep = F.max_pool2d((difference.amax(0) > 0.75).to(d), 3, 1, 1) > 0
-    plateau = (difference < 0.25).sum(0) >= 3
-    window = 2 * radius + 1
-    high = F.max_pool2d(d, window, 1, radius)
-    low = -F.max_pool2d(-d, window, 1, radius)
+    steepest, level = torch.zeros_like(d), torch.zeros_like(d)
+    for y in range(3):
+        for x in range(3):
+            difference = (padded[..., y : y + height, x : x + width] - d).abs() * abs(k)
+            steepest = torch.maximum(steepest, difference)
+            level += difference < 0.25
+    steep = _pool((steepest > 0.75).to(d), 1) > 0
+    radius = math.ceil(width / 300)
+    high, low = _pool(d, radius), -_pool(-d, radius)
     snapped = torch.where(d - low < high - d, low, high)
+    plateau = level >= 4  # itself and three of its eight neighbours
     return torch.where(steep & ~plateau, snapped, d)[0, 0]
 
 

@@ -1,7 +1,6 @@
 """Long clips in bounded memory: depth measured once over the whole clip, then frames rendered a few at a time."""
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +12,7 @@ from ..errors import BokehError
 from ..media import Picture
 from ..optics.defocus import Defocus, clip_span, disparity_from_distance, fit_disparity
 from ..optics.lens import Lens
-from ..render import render
-from ..render.layering import harden_edges, thresholds
+from ..render import render, shot_cuts
 from .clips import Frames, VideoFile, open_clip
 
 T = TypeVar("T")
@@ -160,7 +158,7 @@ def render_frames(
     linear     the clip's pixels are linear light; the result is in the same light
     progress   called as progress(frames done, frames)
     """
-    cuts = _shot_cuts(depth.samples, float(k.abs().max())) if len(clip) > 1 else None
+    cuts = shot_cuts(depth.samples, float(k.abs().max()))
     done = 0
     for chunk in chunks(zip(clip, depth, strict=True), chunk_length(*clip.size)):
         here = slice(done, done + len(chunk))
@@ -174,11 +172,3 @@ def render_frames(
         for (picture, _), pixels in zip(chunk, result, strict=True):
             yield replace(picture, pixels=pixels)
         done += len(chunk)
-
-
-def _shot_cuts(samples: torch.Tensor, k: float) -> list[float] | None:
-    """Layer thresholds for a whole shot, so that no layer pops in or out between frames."""
-    if k == 0:
-        return None
-    reach = math.ceil(samples.shape[-1] / 300)
-    return thresholds(torch.stack([harden_edges(d, k, reach) for d in samples]), k)
