@@ -1,0 +1,1 @@
+"""Judging pictures: scores against truth (image), clips (video), points of light (lights), and where to look (edges)."""
