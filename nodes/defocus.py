@@ -219,7 +219,7 @@ class BokehDefocus(io.ComfyNode):
         lens = lens or CoreLens(strength=strength)
         pictures = image[..., :3].movedim(-1, 1)
         disparity, metric = _disparity(depth, depth_values)
-        disparity = optics.fit_disparity(disparity, len(pictures), *pictures.shape[2:])
+        disparity = optics.fit_disparity(disparity.to(image.device), len(pictures), *pictures.shape[2:])
 
         if focus == "track":
             if len(pictures) == 1:  # a still becomes a clip
@@ -230,17 +230,19 @@ class BokehDefocus(io.ComfyNode):
             planes = None  # make_defocus takes the lens's own
         else:
             every = slice(None) if follow or (focus == "mask" and mask.ndim == 3 and len(mask) > 1) else slice(1)
-            planes = _planes(focus, disparity[every], pictures[every], focus_x, focus_y, focus_value, mask)
+            planes = _planes(focus, disparity[every], pictures[every].float(), focus_x, focus_y, focus_value, mask)
         if planes is not None:
             lens = replace(lens, focus_distance=None)  # the plane found in the picture is where the lens is focused
         defocus = optics.make_defocus(disparity, lens, planes, width=pictures.shape[3], metric=metric)
 
         overlay = image.new_empty((len(pictures), *pictures.shape[2:], 3))
         in_focus = image.new_empty((len(pictures), *pictures.shape[2:]))
+        step = host.progress()
         for i, picture in enumerate(pictures):  # frame by frame: clips are long
             one = defocus.frame(i)
             overlay[i] = one.overlay(picture[None].float())[0].movedim(0, -1)
             in_focus[i] = one.in_focus_mask()[0]
+            step(i + 1, len(pictures))
         return io.NodeOutput(defocus, overlay, in_focus, ui=host.preview(overlay, cls))
 
 

@@ -49,11 +49,16 @@ class BokehRender(io.ComfyNode):
             )
         if channels not in (3, 4):
             raise BokehError(f"The image has {channels} channels; expected 3 (RGB) or 4 (RGB and alpha).")
-        total = max(frames, steps)
-        sharp = image[..., :3].movedim(-1, 1).expand(total, -1, -1, -1)
-        host.make_room(height * width * (BYTES_PER_PIXEL + total * 6 * image.element_size()))
-        blurred = render(sharp.to(host.compute_device()), defocus, linear=linear, quality=quality, progress=host.progress())
-        result = image.new_empty((total, height, width, channels), device=host.output_device())
-        result[..., :3] = blurred.movedim(1, -1)
+        host.make_room(height * width * BYTES_PER_PIXEL)
+        result = image.new_empty((max(frames, steps), height, width, channels), device=host.output_device())
         result[..., 3:] = image[..., 3:]
+        render(
+            image[..., :3].movedim(-1, 1),
+            defocus,
+            linear=linear,
+            quality=quality,
+            progress=host.progress(),
+            device=host.compute_device(),
+            out=result[..., :3].movedim(-1, 1),
+        )
         return io.NodeOutput(result)

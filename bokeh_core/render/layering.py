@@ -106,9 +106,9 @@ def _box(x: torch.Tensor, radius: int) -> torch.Tensor:
 def edge_alpha(color: torch.Tensor, near: torch.Tensor, jump: torch.Tensor) -> torch.Tensor:
     """Coverage of the pixels along a silhouette, from their colours: [H, W] 0..1.
 
-    A depth map says on which side of a silhouette a pixel lies, not how much of it is covered; its colour does: I = a F + (1 - a) B, with F
-    and B continued from the pure pixels of either side. The estimate is the posterior mean for that mixture, with the hard mask as prior and
-    the local colour variances as noise, so that where texture makes colours unreliable the hard mask stays.
+    A depth map says on which side of a silhouette a pixel lies, not how much of it is covered; its colour does: I = a F + (1 - a) B,
+    with F and B continued from the pure pixels of either side. The estimate is the posterior mean for that mixture, with the hard mask
+    as prior and the local colour variances as noise, so that where texture makes colours unreliable the hard mask stays.
 
     color  [3, H, W] linear light
     near   [H, W] bool, the nearer side
@@ -145,20 +145,61 @@ PRIOR, CONTRAST, RESIDUAL = 0.01, 3.0, 3.0
 PURE = 0.1  # coverage this close to 0 or 1 counts as pure
 
 
-def build_scene(color: torch.Tensor, disparity: torch.Tensor, cuts: list[float], k: float) -> Scene:
+BAND = 10  # px at widths up to 1024, in proportion above: depth this close to a matte's edge is not believed
+
+
+def regrow(disparity: torch.Tensor, matte: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Disparity of the matted subject and of what surrounds it, each continued over the matte's edge: two [H, W].
+
+    disparity, matte  [H, W]; matte 0..1, 1 = subject
+
+    Depth maps are wrong by a few pixels along silhouettes, a matte is not. So both sides are grown again over the band within BAND px of
+    the matte's edge from what lies farther in (RENDERERS.md, section 0, point 4). In the band a pixel keeps its own depth only if that
+    fits its side of the matte better than the other side. A side with nothing beyond the band counts as it is.
+    """
+    width = disparity.shape[-1]
+    band = max(BAND, math.ceil(BAND * width / 1024))
+    m = matte[None, None]
+    grown = []
+    for inside in (m, 1 - m):
+        core = _pool((inside < 1 - PURE).to(m), band)[0, 0] == 0
+        core = core if bool(core.any()) else inside[0, 0] > 0.5
+        grown.append(harmonic_fill(disparity[None], core.to(disparity))[0])
+    subject, around = grown
+    own = (disparity - subject).abs() <= (disparity - around).abs()
+    return torch.where((matte > 0.5) & own, disparity, subject), torch.where((matte <= 0.5) & ~own, disparity, around)
+
+
+def _label(disparity: torch.Tensor, cuts: list[float]) -> torch.Tensor:
+    return sum((disparity > cut).long() for cut in cuts) + torch.zeros_like(disparity, dtype=torch.long)
+
+
+def build_scene(
+    color: torch.Tensor,
+    disparity: torch.Tensor,
+    cuts: list[float],
+    k: float,
+    matte: torch.Tensor | None = None,
+    plate: torch.Tensor | None = None,
+) -> Scene:
     """Cut a picture into complete layers.
 
     color      [3, H, W] linear light
     disparity  [H, W]
     cuts       ascending disparities from `thresholds`
     k          px of defocus per unit of disparity: says which disparity steps are silhouettes
+    matte      [H, W] 0..1 coverage of a subject, to be believed more than depth; its edge is the silhouette
+    plate      [3, H, W] linear light, the scene without the subject (true or inpainted): shown where something nearer hides the rest
 
-    Silhouette pixels are split between the layers they mix. What a nearer layer hides is continued smoothly from what is visible, in colour
-    and in disparity; the farthest layer covers everything.
+    Silhouette pixels are split between the layers they mix. What a nearer layer hides is taken from the plate, or else continued smoothly
+    from what is visible, in colour and in disparity; the farthest layer covers everything.
     """
-    label = torch.zeros(disparity.shape, dtype=torch.long, device=disparity.device)
-    for cut in cuts:
-        label += disparity > cut
+    if matte is not None:
+        subject, around = regrow(disparity, matte)
+        disparity = torch.where(matte > 0.5, subject, around)
+    label = _label(disparity, cuts)
+    # Which layer the plate shows: the surroundings of the subject, or without a matte the farthest layer.
+    uncovered = _label(around, cuts) if matte is not None else torch.full_like(label, int(label.min()))
     present = [i for i in range(len(cuts) + 1) if bool((label == i).any())]
     padded = F.pad(disparity[None, None], (1, 1, 1, 1), mode="replicate")
     spread = F.max_pool2d(padded, 3, 1) + F.max_pool2d(-padded, 3, 1)
@@ -169,7 +210,11 @@ def build_scene(color: torch.Tensor, disparity: torch.Tensor, cuts: list[float],
     for index in present[1:]:
         near = label >= index
         beside = F.max_pool2d(near[None, None].to(color), 3, 1, 1) + F.max_pool2d((~near)[None, None].to(color), 3, 1, 1) > 1
-        covered.append(edge_alpha(color, near, jump & beside[0, 0]))
+        cover = edge_alpha(color, near, jump & beside[0, 0])
+        if matte is not None:
+            known = matte * (subject > cuts[index - 1]) + (1 - matte) * (around > cuts[index - 1])
+            cover = torch.where(_pool(((matte > 0) & (matte < 1)).to(matte)[None, None], 1)[0, 0] > 0, known, cover)
+        covered.append(cover)
     covered.append(torch.zeros_like(disparity))
 
     layers: list[Layer] = []
@@ -182,13 +227,14 @@ def build_scene(color: torch.Tensor, disparity: torch.Tensor, cuts: list[float],
         pure = own & visible & (mine > 1 - PURE)
         pure = pure if bool(pure.any()) else own
         full = harmonic_fill(torch.cat([front, disparity[None]]), pure.to(color))
-        shown = torch.where(visible & (mine > 0), front, full[:3])
-        depth = torch.where(own, disparity, harmonic_fill(disparity[None], own.to(color))[0])
+        hidden = full[:3] if plate is None else torch.where(uncovered == index, plate, full[:3])
+        shown = torch.where(visible & (mine > 0), front, hidden)
+        depth = torch.where(own, disparity, full[3])
         if n == 0:
             alpha = torch.ones_like(disparity)
         else:
-            hidden = harmonic_fill(own[None].to(color), (label <= index).to(color))[0] > 0.5
-            alpha = torch.where(nearer < 0.5, (mine - nearer) / (1 - nearer), hidden.to(color))
+            continues = harmonic_fill(own[None].to(color), (label <= index).to(color))[0] > 0.5
+            alpha = torch.where(nearer < 0.5, (mine - nearer) / (1 - nearer), continues.to(color))
         layers.append(Layer(color=shown, alpha=alpha, disparity=depth))
         behind = shown if n == 0 else behind + alpha * (shown - behind)
-    return Scene(tuple(layers), estimated=True)
+    return Scene(tuple(layers), estimated=matte is None)

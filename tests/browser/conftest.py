@@ -1,0 +1,1 @@
+from ..host.conftest import host  # noqa: F401 - the same running ComfyUI

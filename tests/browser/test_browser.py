@@ -1,0 +1,66 @@
+"""The shipped workflows in the real front end, in headless Chromium. Needs node and playwright-core (npm install playwright-core)."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ..host.comfy import NOTES, WORKFLOWS, to_api
+
+HERE = Path(__file__).parent
+FILES = sorted(WORKFLOWS.glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def opened(host, tmp_path_factory):
+    """What the front end made of the workflows."""
+    browser = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("NO BROWSER: install Chromium or set CHROMIUM to test the workflows in the front end")
+    if (
+        shutil.which("node") is None
+        or subprocess.run(["node", "-e", "require('playwright-core')"], cwd=HERE, capture_output=True).returncode
+    ):
+        pytest.skip("NO PLAYWRIGHT: run `npm install playwright-core` in tests/browser, or name its folder in NODE_PATH")
+    profile = tmp_path_factory.mktemp("profile")
+    done = subprocess.run(
+        ["node", "open_workflows.cjs", host.url, browser, str(profile), *map(str, FILES)],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_workflow_opens_whole(host, opened, file):
+    saved = json.loads(file.read_text())
+    seen = opened["workflows"][file.stem]
+    assert not seen["missing"]
+    assert sorted(seen["types"]) == sorted(node["type"] for node in saved["nodes"])
+    # The front end's own conversion agrees with the one the host tests run.
+    nodes = host.get("/object_info")
+    ours = to_api(saved, nodes)
+    assert set(seen["prompt"]) == set(ours)
+    for key, node in ours.items():
+        theirs = seen["prompt"][key]
+        assert theirs["class_type"] == node["class_type"]
+        for name, value in node["inputs"].items():
+            assert theirs["inputs"][name] == value, f"{node['class_type']}.{name}"
+    assert not NOTES & {node["class_type"] for node in seen["prompt"].values()}
+
+
+@pytest.mark.parametrize(("file", "saver", "previews"), [("photo_physical", "SaveImage", 1), ("video_focus_pull", "SaveVideo", 4)])
+def test_workflow_runs_from_the_browser(opened, file, saver, previews):
+    outputs = opened["workflows"][file]["outputs"]
+    assert len(outputs[saver]) == 1
+    assert len(outputs["BokehDefocus"]) == previews, "the node must show its overlay"
+
+
+def test_no_errors_from_the_pack(opened):
+    assert not [error for error in opened["errors"] if "bokeh" in error.lower()]

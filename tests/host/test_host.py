@@ -1,0 +1,239 @@
+"""The pack inside a real ComfyUI: it loads clean, the shipped workflows run, and the pictures are right."""
+
+import io
+import json
+import re
+import time
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bokeh_core.optics import defocus as optics
+from bokeh_core.optics import focus as focusing
+from bokeh_core.optics.lens import Lens
+from bokeh_core.render import render
+
+from .comfy import WORKFLOWS, error_of, succeeded, to_api
+
+NODES = ["BokehLens", "BokehFocusTrack", "BokehDefocus", "BokehRender"]
+INPUT = WORKFLOWS / "input"
+
+
+@pytest.fixture(scope="module")
+def object_info(host):
+    return host.get("/object_info")
+
+
+def workflow(name):
+    return json.loads((WORKFLOWS / f"{name}.json").read_text())
+
+
+def picture(path):
+    """[1, 3, H, W] 0..1 of a picture file."""
+    return torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).movedim(-1, 0)[None] / 255
+
+
+def video(source):
+    """[frames, 3, H, W] 0..1 of a video file or its bytes."""
+    with av.open(str(source) if not isinstance(source, bytes) else io.BytesIO(source)) as file:
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    return torch.from_numpy(np.stack(frames)).movedim(-1, 1) / 255
+
+
+def saved(host, outputs, kind="images"):
+    """[1, 3, H, W] of the only picture the only saving node saved."""
+    (entry,) = [entry for output in outputs.values() for entry in output.get(kind, []) if entry["type"] == "output"]
+    return torch.from_numpy(np.asarray(host.picture(entry).convert("RGB")).copy()).movedim(-1, 0)[None] / 255
+
+
+def sharpness(image):
+    """Mean absolute Laplacian, a number that falls with blur."""
+    middle = image[..., 1:-1, 1:-1]
+    around = image[..., :-2, 1:-1] + image[..., 2:, 1:-1] + image[..., 1:-1, :-2] + image[..., 1:-1, 2:]
+    return (4 * middle - around).abs().mean(-3)
+
+
+def test_pack_loads_clean_and_quickly(host):
+    log = host.log()
+    assert "IMPORT FAILED" not in log and "Traceback" not in log, log
+    lines = [line for line in log.splitlines() if "bokeh" in line.lower()]
+    times = [re.search(r"([\d.]+) seconds: .*bokeh-nodes$", line) for line in lines]
+    assert len(lines) == 1 and times[0], f"the pack must show up in the log once, with its import time: {lines}"
+    assert float(times[0][1]) < 0.5
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_node_is_described(host, object_info, name):
+    info = object_info[name]
+    assert info["category"].startswith("bokeh/")
+    assert info["display_name"] and info["description"]
+    assert all(info["output_tooltips"]) and len(info["output_tooltips"]) == len(info["output"])
+    for inputs in info["input"].values():
+        for field, spec in inputs.items():
+            assert spec[1].get("tooltip"), f"{name}.{field} has no tooltip"
+    assert host.fetch(f"/extensions/bokeh-nodes/docs/{name}.md").startswith(b"# ")
+
+
+def test_no_other_nodes_are_added(object_info):
+    assert sorted(name for name in object_info if name.startswith("Bokeh")) == sorted(NODES)
+
+
+def test_workflows_are_offered_as_templates(host):
+    assert sorted(host.get("/workflow_templates")["bokeh-nodes"]) == ["photo_physical", "video_focus_pull"]
+
+
+def test_photo_workflow(host, object_info):
+    outputs = succeeded(host.run(to_api(workflow("photo_physical"), object_info)))
+    result = saved(host, outputs)
+
+    sharp = picture(INPUT / "bokeh_demo_photo.png")
+    disparity = picture(INPUT / "bokeh_demo_depth.png")[:, 0]
+    focus = focusing.auto(disparity, sharp)
+    defocus = optics.make_defocus(disparity, Lens(strength=24), focus, width=sharp.shape[-1])
+    expected = render(sharp, defocus).clamp(0, 1) * 255
+    levels = (result * 255).round()  # SaveImage cuts the fraction off; the band is for float rounding in another torch
+    assert (levels <= expected + 0.02).all() and (levels >= expected - 1.02).all()
+
+    # Truth that does not lean on our own renderer: the focus zone is the photo, the rest has lost its detail.
+    radius = defocus.signed_radius()[0].abs()
+    # Far from every edge of depth nothing else can spill onto the focus plane.
+    calm = -torch.nn.functional.max_pool2d(-(radius < 0.5).float()[None], 61, 1, 30)[0] > 0
+    detail = sharpness(sharp)[0], sharpness(result)[0]
+    far = (radius > 6)[1:-1, 1:-1]
+    assert detail[1][far].mean() < 0.35 * detail[0][far].mean()
+    assert calm.any() and ((result - sharp)[0][:, calm].abs() * 255).max() < 3
+
+    # The node shows its overlay.
+    (shown,) = [entry for output in outputs.values() for entry in output.get("images", []) if entry["type"] == "temp"]
+    assert host.picture(shown).size == (sharp.shape[-1], sharp.shape[-2])
+
+
+def test_video_workflow(host, object_info):
+    outputs = succeeded(host.run(to_api(workflow("video_focus_pull"), object_info), timeout=600))
+    (entry,) = [entry for output in outputs.values() for entry in output.get("images", []) if entry["type"] == "output"]
+    result = video(host.file(entry))
+    sharp = video(INPUT / "bokeh_demo_clip.mp4")
+    disparity = video(INPUT / "bokeh_demo_clip_depth.mp4")[:, 0]
+    assert result.shape == sharp.shape
+
+    keys = "0: (0.27, 0.72), 4: (0.25, 0.72), 20: (0.62, 0.45) ease"
+    focus = focusing.FocusTrack.parse(keys).values(len(sharp), disparity)
+    expected = render(sharp, optics.make_defocus(disparity, Lens(strength=24), focus, width=sharp.shape[-1])).clamp(0, 1)
+    psnr = -10 * torch.log10(((result - expected) ** 2).mean(dim=(1, 2, 3)))
+    assert psnr.min() > 33, psnr  # what h264 costs
+
+    # The pull itself: the near pawn loses its detail while the far king gains it.
+    def detail(frame, point):
+        height, width = sharp.shape[-2:]
+        x, y = int(point[0] * width), int(point[1] * height)
+        window = (..., slice(y - 12, y + 13), slice(x - 12, x + 13))
+        return float(sharpness(result[frame])[window].mean() / sharpness(sharp[frame])[window].mean())
+
+    pawn = detail(0, (0.27, 0.72)), detail(24, (0.11, 0.72))
+    king = detail(0, (0.70, 0.47)), detail(24, (0.62, 0.45))
+    assert pawn[0] > 1.5 * pawn[1] and king[1] > 1.5 * king[0], (pawn, king)
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+def photo_prompt(object_info, **defocus):
+    """The photo workflow as a prompt, with changed widgets of Set Focus and Blur, and its nodes by type."""
+    prompt = to_api(workflow("photo_physical"), object_info)
+    by_type = {one["class_type"]: key for key, one in prompt.items()}
+    prompt[by_type["BokehDefocus"]]["inputs"].update(defocus)
+    return prompt, by_type
+
+
+def test_strength_zero_is_the_input(host, object_info):
+    prompt, _ = photo_prompt(object_info, strength=0)
+    result = saved(host, succeeded(host.run(prompt)))
+    assert torch.equal(result, picture(INPUT / "bokeh_demo_photo.png"))
+
+
+def test_flipped_depth_read_as_far_is_bright_gives_the_same(host, object_info):
+    prompt, by_type = photo_prompt(object_info, focus="point", focus_x=0.49, focus_y=0.54)
+    by_point = saved(host, succeeded(host.run(prompt)))
+    flipped, by_type = photo_prompt(object_info, focus="point", focus_x=0.49, focus_y=0.54, depth_values="far is bright")
+    inputs = flipped[by_type["BokehDefocus"]]["inputs"]
+    flipped["invert"] = node("ImageInvert", image=inputs["depth"])
+    inputs["depth"] = ["invert", 0]
+    by_flipped = saved(host, succeeded(host.run(flipped)))
+    assert (by_point - by_flipped).abs().max() * 255 < 2
+    far, _ = photo_prompt(object_info, focus="value", focus_value=0.0)
+    assert (saved(host, succeeded(host.run(far))) - by_point).abs().mean() > 0.01
+
+
+def test_a_still_and_a_track_make_a_clip(host, object_info):
+    prompt, by_type = photo_prompt(object_info)
+    prompt["track"] = node("BokehFocusTrack", keyframes="0: 0.9, 2: 0.1")
+    prompt[by_type["BokehDefocus"]]["inputs"]["focus_track"] = ["track", 0]
+    small = prompt["small"] = node("ImageScale", image=prompt[by_type["BokehRender"]]["inputs"]["image"])
+    small["inputs"].update(upscale_method="area", width=96, height=64, crop="disabled")
+    for key in ("BokehDefocus", "BokehRender"):
+        prompt[by_type[key]]["inputs"]["image"] = ["small", 0]
+    outputs = succeeded(host.run(prompt))
+    assert len([entry for output in outputs.values() for entry in output["images"] if entry["type"] == "output"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("images", "depths", "words"),
+    [(3, 2, "2 depth maps for 3 images"), (1, 2, "2 depth maps for 1 images")],
+)
+def test_wrong_counts_are_explained(host, object_info, images, depths, words):
+    prompt, by_type = photo_prompt(object_info)
+    inputs = prompt[by_type["BokehDefocus"]]["inputs"]
+    prompt["images"] = node("RepeatImageBatch", image=inputs["image"], amount=images)
+    prompt["depths"] = node("RepeatImageBatch", image=inputs["depth"], amount=depths)
+    inputs.update(image=["images", 0], depth=["depths", 0])
+    assert words in error_of(host.run(prompt))
+
+
+def test_image_of_another_clip_is_explained(host, object_info):
+    prompt, by_type = photo_prompt(object_info)
+    inputs = prompt[by_type["BokehDefocus"]]["inputs"]
+    for name in ("image", "depth"):
+        prompt[name] = node("RepeatImageBatch", image=inputs[name], amount=2)
+        inputs[name] = [name, 0]
+    render_inputs = prompt[by_type["BokehRender"]]["inputs"]
+    prompt["three"] = node("RepeatImageBatch", image=render_inputs["image"], amount=3)
+    render_inputs["image"] = ["three", 0]
+    assert "The image has 3 frames and the defocus 2" in error_of(host.run(prompt))
+
+
+def test_real_lens_without_metres_is_explained(host, object_info):
+    prompt, by_type = photo_prompt(object_info)
+    widgets = {"f_number": 1.8, "focal_length": 50, "sensor": "full frame", "upright": False, "sensor_width": 36, "focus_distance": 0}
+    prompt["lens"] = node("BokehLens", mode="real lens", strength=24, **widgets)
+    prompt[by_type["BokehDefocus"]]["inputs"]["lens"] = ["lens", 0]
+    assert "need depth in metres" in error_of(host.run(prompt))
+    prompt[by_type["BokehDefocus"]]["inputs"]["depth_values"] = "1 / metres"
+    succeeded(host.run(prompt))
+
+
+def test_missing_mask_is_explained(host, object_info):
+    prompt, _ = photo_prompt(object_info, focus="mask")
+    assert "no mask is connected" in error_of(host.run(prompt))
+
+
+def test_interrupt_stops_soon_and_the_next_run_works(host, object_info):
+    prompt, by_type = photo_prompt(object_info, strength=80)
+    inputs = prompt[by_type["BokehRender"]]["inputs"]
+    prompt["many"] = node("RepeatImageBatch", image=inputs["image"], amount=40)
+    inputs["image"] = ["many", 0]
+    _, answer = host.post("/prompt", {"prompt": prompt})
+    while not host.get("/queue")["queue_running"]:
+        time.sleep(0.05)
+    time.sleep(5)  # well inside the render, which takes much longer
+    asked = time.monotonic()
+    host.post("/interrupt", {})
+    while not (history := host.get(f"/history/{answer['prompt_id']}")):
+        time.sleep(0.05)
+    assert "execution_interrupted" in [name for name, _ in history[answer["prompt_id"]]["status"]["messages"]]
+    assert time.monotonic() - asked < 15  # a second or two on an idle machine
+    prompt, _ = photo_prompt(object_info, strength=1)
+    succeeded(host.run(prompt))
