@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from .pyramid import down2, up2
 
 SWEEPS = 2  # relaxations before and after each coarser correction
-CYCLES = 3
+CYCLES = 4
 
 
 def harmonic_fill(values: torch.Tensor, known: torch.Tensor) -> torch.Tensor:

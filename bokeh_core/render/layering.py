@@ -136,13 +136,14 @@ def edge_alpha(color: torch.Tensor, near: torch.Tensor, jump: torch.Tensor) -> t
     noise = noise + RESIDUAL * (x - behind - alpha * line).square().sum(0)  # colours off the line between F and B explain nothing
     alpha = (along + noise * mask) / (length + noise)
     alpha = torch.where(near, alpha.clamp(0.5, 1), alpha.clamp(0, 0.5))
-    alpha = torch.where(alpha > 1 - PURE, 1.0, torch.where(alpha < PURE, 0.0, alpha))
+    alpha = torch.where(alpha > 1 - CERTAIN, 1.0, torch.where(alpha < CERTAIN, 0.0, alpha))
     return torch.where(jump, alpha, mask)
 
 
 # Noise model of edge_alpha, in the square-root domain (developed on our own synthetic scenes).
 PRIOR, CONTRAST, RESIDUAL = 0.01, 3.0, 3.0
-PURE = 0.1  # coverage this close to 0 or 1 counts as pure
+CERTAIN = 0.13  # guessed coverage this close to 0 or 1 is rounded to it: a missed sliver shows less than a leaking background
+PURE = 0.1  # coverage this close to 0 or 1 says nothing of the other side
 
 
 BAND = 10  # px at widths up to 1024, in proportion above: depth this close to a matte's edge is not believed
