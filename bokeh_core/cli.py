@@ -23,7 +23,26 @@ examples
   bokeh render photo.jpg --depth depth.png --focus 812,430 --strength 30 -o out.png
   bokeh render frames/ --depth disparity/ --focus-track "0: 0.9, 48: 0.35 ease" -o out.mp4
   bokeh render photo.jpg --depth metres.exr --depth-unit metres --f-number 1.4 --focal-length 85 --focus-distance 2 -o out.png
+  bokeh render photo.jpg --depth depth.png --matte subject.png --blades 7 --cats-eye 0.6 --highlights 4 -o out.png
 """
+
+# Looks of the lens and their words for the help: fields of optics.lens.Aperture, and of Lens.
+LOOKS = {
+    "blades": (int, "N", "blades of the aperture, 3 or more; 0 = round (default)"),
+    "rotation": (float, "DEG", "turns the blades or the tall side, degrees counter-clockwise"),
+    "roundness": (float, "0..1", "0 = straight blades (default), 1 = a full circle"),
+    "anamorphic": (float, "RATIO", "height / width of the bokeh balls, e.g. 2 = tall ovals"),
+    "cats_eye": (float, "0..1", "balls are clipped towards the corners"),
+    "spherical": (float, "-1..1", "above 0 soap bubbles behind the focus, below 0 creamy; the reverse in front of it"),
+    "onion": (float, "0..1", "rings inside the balls"),
+    "chromatic_longitudinal": (float, "-1..1", "red and blue fringes that differ before and behind the focus"),
+    "chromatic_lateral": (float, "-1..1", "red and blue fringes that grow towards the corners"),
+}
+LIGHTS = {
+    "highlights": (float, "B", "how much brighter clipped lights really were, e.g. 4; only where they are blurred (default: 0)"),
+    "highlight_threshold": (float, "0..1", "display value from which light counts as clipped (default: 0.9)"),
+}
+INTERRUPTED = "interrupted; no partial file is left."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="bokeh", description="Real depth of field for pictures and video.")
     parser.add_argument("--version", action="version", version=f"bokeh {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | render", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | render | synthesize | judge", parser_class=_Parser)
 
     demo = commands.add_parser("demo", help="render a built-in scene, to see what the renderer does")
     demo.add_argument("-o", "--output", default="bokeh-demo", metavar="DIR", help="folder for the pictures (default: %(default)s)")
@@ -66,6 +85,18 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("relative", "metres", "disparity"),
         default="relative",
         help="what the numbers are: relative disparity (default), distance in metres, or disparity in 1/m; the last two need EXR or .npy",
+    )
+
+    group = command.add_argument_group("better edges and hidden parts")
+    group.add_argument(
+        "--matte",
+        metavar="FILE",
+        help="white = the subject, grey = part of a pixel; its edge is believed more than the depth's. A folder or video: one per frame",
+    )
+    group.add_argument(
+        "--clean-plate",
+        metavar="FILE",
+        help="IMAGE without the subject, same size and light: what a blurred subject lets through. A folder or video: one per frame",
     )
 
     group = command.add_argument_group("focus (default: found automatically)")
@@ -106,6 +137,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--focus-distance", type=float, metavar="M", help="distance in focus in metres; takes the place of the focus options"
     )
 
+    group = command.add_argument_group("lens looks")
+    for name, (kind, metavar, words) in (LOOKS | LIGHTS).items():
+        group.add_argument("--blade-rotation" if name == "rotation" else _flag(name), dest=name, type=kind, metavar=metavar, help=words)
+    group.add_argument("--aperture-picture", metavar="FILE", help="grey picture of the aperture's shape, white lets light through")
+
     group = command.add_argument_group("result")
     group.add_argument(
         "--linear", action="store_true", help="the input is linear light and the output stays linear (EXR always is; video files never are)"
@@ -116,15 +152,48 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--fps", type=_rate, metavar="N", help="frames per second of a video made from a folder, e.g. 24 or 30000/1001 (default: 24)"
     )
-    group.add_argument("--quality", default="fast", metavar="NAME", help="fast (default)")
+    group.add_argument("--quality", default="fast", metavar="NAME", help="fast (default), or reference: aperture rays, slow")
     group.add_argument("--overlay", metavar="FILE", help="also write a picture that shows what is in focus (of the first frame)")
+
+    command = commands.add_parser(
+        "synthesize",
+        help="write test scenes with exact truth",
+        description="Write seeded scenes with exact disparity, layers, matte and ray-traced truth. A stopped run goes on where it stopped.",
+    )
+    command.set_defaults(run=_synthesize, interrupted="interrupted; finished cases are kept, the same command goes on from there.")
+    add = command.add_argument
+    add("output", metavar="OUT", help="folder for the cases: NNNNNN.npz and NNNNNN.json")
+    add("--count", type=_whole(1), required=True, metavar="N", help="how many cases")
+    add("--seed", type=_whole(0), default=0, metavar="N", help="another number gives other scenes (default: 0)")
+    add("--kinds", type=_words, metavar="A,B", help="portrait, three, ground, plane (default: all)")
+    add("--size", type=_whole(1), default=416, metavar="PX", help="width and height (default: 416)")
+    add("--k", type=_list_of(float, 0), default=[16.0, 32.0, 40.0], metavar="K,K", help="blur strengths to choose from (default: 16,32,40)")
+    add("--rays", type=_whole(1), default=1024, metavar="N", help="aperture rays per pixel of the truth (default: 1024)")
+    add("--photos", metavar="DIR", help="folder of pictures to use as surfaces instead of drawn ones")
+    add("--workers", type=_whole(1), default=1, metavar="N", help="processes (default: 1)")
+
+    command = commands.add_parser(
+        "judge",
+        help="score the renderer against ray-traced truth",
+        description="Score the renderer: truth by rays, points of light, invariants, clips, wrong depth. Prints a Markdown report.",
+    )
+    command.set_defaults(run=_judge)
+    add = command.add_argument
+    add("cases", nargs="?", metavar="CASES_DIR", help="cases of 'bokeh synthesize' (default: small ones made here, about 2 minutes)")
+    add("-o", "--output", metavar="DIR", help="also write judge.json, judge.md and plots there")
+    add("--quality", default="fast", metavar="NAME", help="of the renderer: fast (default) or reference")
+    add("--inputs", type=_words, metavar="A,B", help="what it is given: composite, matte, plate, layers (default: all that the cases hold)")
+    add("--seeds", type=_list_of(int, 0), metavar="N,N", help="seeds of the scenes made here (default: 1,2; --full: 1 to 8)")
+    add("--full", action="store_true", help="scenes made here of full size, 1024 rays, k 8 to 64, more of wrong depth: about an hour")
+    add("--speed", action="store_true", help="also time and memory at 512, 1024 and 2048 px")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0 done, 2 bad input (one sentence on stderr), 130 interrupted."""
+    args = argparse.Namespace()
     try:
-        args = build_parser().parse_args(argv)
+        build_parser().parse_args(argv, args)
         args.run(args)
     except BokehError as error:
         print(f"bokeh: {error}", file=sys.stderr)
@@ -133,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bokeh: {error.filename or 'file'}: {error.strerror or error}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("bokeh: interrupted; no partial file is left.", file=sys.stderr)
+        print(f"bokeh: {getattr(args, 'interrupted', INTERRUPTED)}", file=sys.stderr)
         return 130
     return 0
 
@@ -213,7 +282,7 @@ def _render(args: argparse.Namespace) -> None:
     from . import media
     from .render import QUALITIES
     from .video.clips import open_clip, write_clip
-    from .video.streaming import DepthClip, render_frames
+    from .video.streaming import DepthClip, MatteClip, PlateClip, render_frames
 
     if args.quality not in QUALITIES:
         raise BokehError(f"The quality '{args.quality}' is unknown; use one of {', '.join(QUALITIES)}.")
@@ -225,8 +294,15 @@ def _render(args: argparse.Namespace) -> None:
 
     with _bar(len(clip), "reading depth") as progress:
         depth = DepthClip(args.depth, len(clip), clip.size, args.depth_unit, args.depth_far_is_bright, progress)
-    if depth.note:
-        _say(depth.note)
+    matte = plate = None
+    if args.matte:
+        with _bar(len(clip), "reading matte") as progress:
+            matte = MatteClip(args.matte, len(clip), clip.size, progress)
+    if args.clean_plate:
+        plate = PlateClip(args.clean_plate, len(clip), clip.size, lambda p: _in_light(p, args.linear or p.linear, linear))
+    for note in (depth.note, matte.note if matte else ""):
+        if note:
+            _say(note)
     lens = _lens(args)
     focus = _focus(args, clip, depth, lens, linear)
     k = _k(args, lens, focus, depth, clip.size[1])
@@ -234,7 +310,9 @@ def _render(args: argparse.Namespace) -> None:
     if args.overlay:
         _write_overlay(args.overlay, clip, depth, focus, k, lens, linear)
     with _bar(len(clip), "rendering") as progress:
-        frames = render_frames(clip, depth, focus, k, lens, linear=linear, quality=args.quality, progress=progress)
+        frames = render_frames(
+            clip, depth, focus, k, lens, linear=linear, quality=args.quality, matte=matte, plate=plate, progress=progress
+        )
         exr_out = output.suffix.lower() == ".exr" if clip.is_picture else clip.linear
         frames = (_in_light(frame, linear, (args.linear or exr_out) and not to_video) for frame in frames)
         if clip.is_picture:
@@ -278,11 +356,9 @@ def _check_options(args: argparse.Namespace) -> None:
 
 def _check_output(output: Path, args: argparse.Namespace) -> None:
     """No file that is read may be written, and no two outputs may be one."""
-    inputs = {
-        Path(name).resolve(): flag
-        for flag, name in (("IMAGE", args.image), ("--depth", args.depth), ("--focus-mask", args.focus_mask))
-        if name
-    }
+    read = {"IMAGE": args.image, "--depth": args.depth, "--focus-mask": args.focus_mask, "--matte": args.matte}
+    read |= {"--clean-plate": args.clean_plate, "--aperture-picture": args.aperture_picture}
+    inputs = {Path(name).resolve(): flag for flag, name in read.items() if name}
     for flag, target in (("-o", output), ("--overlay", args.overlay and Path(args.overlay))):
         if target and target.resolve() in inputs:
             raise BokehError(f"{flag} {target} is also {inputs[target.resolve()]}; choose another name, inputs are never overwritten.")
@@ -312,15 +388,21 @@ def _check_kind(output: Path, clip, args: argparse.Namespace) -> bool:
 
 
 def _lens(args: argparse.Namespace):
-    from .optics.lens import Lens
+    from .media import read_plane
+    from .optics.lens import Aperture, Lens
 
+    def given(names) -> dict:
+        return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+    picture = read_plane(args.aperture_picture, "aperture picture")[0] if args.aperture_picture else None
+    aperture, lights = Aperture(**given(LOOKS), picture=picture), given(LIGHTS)
     if args.exif:
-        lens = Lens.from_exif(args.image)
-        return replace(lens, focus_distance=args.focus_distance or lens.focus_distance)
+        lens = Lens.from_exif(args.image, aperture=aperture)
+        return replace(lens, focus_distance=args.focus_distance or lens.focus_distance, **lights)
+    setting = given(("strength", "f_number", "focal_length", "sensor_width"))
     if args.f_number is not None:
-        sensor = 36.0 if args.sensor_width is None else args.sensor_width
-        return Lens(f_number=args.f_number, focal_length=args.focal_length, sensor_width=sensor, focus_distance=args.focus_distance)
-    return Lens() if args.strength is None else Lens(strength=args.strength)
+        setting["focus_distance"] = args.focus_distance
+    return Lens(**setting, aperture=aperture, **lights)
 
 
 def _focus(args: argparse.Namespace, clip, depth, lens, linear: bool):
@@ -441,6 +523,105 @@ def _in_light(picture, linear: bool, wanted: bool):
     return replace(picture, pixels=(to_linear if wanted else to_display)(picture.pixels))
 
 
+# bokeh synthesize, bokeh judge
+
+
+def _synthesize(args: argparse.Namespace) -> None:
+    from .synthesis.dataset import write_dataset
+    from .synthesis.scenes import KINDS, make_scene
+
+    if args.photos is not None and not Path(args.photos).is_dir():
+        raise BokehError(f"--photos {args.photos}: no such folder; expected one with PNG, JPEG or WebP pictures.")
+    if Path(args.output).exists() and not Path(args.output).is_dir():
+        raise BokehError(f"{args.output} is a file; expected a folder for the cases.")
+    kinds = KINDS if args.kinds is None else args.kinds
+    make_scene(kinds[0], args.seed, args.size, photos=args.photos)  # tried first, so that bad settings leave no trace
+    with _bar(args.count, "tracing", "case") as progress:
+        write_dataset(
+            args.output,
+            args.count,
+            seed=args.seed,
+            kinds=kinds,
+            size=args.size,
+            k=args.k,
+            rays=args.rays,
+            photos=args.photos,
+            workers=args.workers,
+            progress=progress,
+        )
+    print(args.output)
+
+
+def _judge(args: argparse.Namespace) -> None:
+    from functools import partial
+
+    from .judge import INPUTS, judge_renderer, measure_speed, seeded_cases, stored_cases
+    from .judge_report import markdown, write_report
+    from .render import QUALITIES, composite, render
+    from .render.rays import trace
+
+    if args.quality not in QUALITIES:
+        raise BokehError(f"The quality '{args.quality}' is unknown; use one of {', '.join(QUALITIES)}.")
+    if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
+        raise BokehError(f"{args.output} is a file; expected a folder for the report.")
+    if args.cases:
+        if args.seeds or args.full:
+            raise BokehError("--seeds and --full are for scenes made here; leave them out, or leave CASES_DIR out.")
+        cases = stored_cases(args.cases)
+    elif args.full:
+        cases = seeded_cases(args.seeds or range(1, 9), ks=(8.0, 16.0, 32.0, 64.0), size=416, rays=1024)
+    else:
+        cases = seeded_cases(args.seeds or (1, 2))
+    ceiling = composite if args.quality == "fast" else partial(trace, rays=1000)  # other rays than the truth's
+    with _bar(len(cases), "judging", "part") as progress:
+        report = judge_renderer(
+            partial(render, linear=True, quality=args.quality),
+            cases,
+            inputs=args.inputs or INPUTS,
+            ceiling=ceiling,
+            robust=8 if args.full else 2,
+            progress=progress,
+        )
+    if args.speed:
+        report["speed"] = measure_speed(args.quality)
+    source = Path(args.cases).resolve().name if args.cases else "full seeded scenes" if args.full else "small seeded scenes"
+    title = f"Quality {args.quality}, {source}"
+    print(markdown(report, title))
+    if args.output:
+        for path in write_report(args.output, report, title):
+            print(path, file=sys.stderr)
+
+
+# Options
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def _list_of(kind: type, low: float):
+    def parse(text: str) -> list:
+        try:
+            numbers = [kind(word) for word in text.split(",")]
+        except ValueError:
+            numbers = []
+        if not numbers or not all(low <= n < float("inf") for n in numbers):
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"'{text}' is no list of {whole}numbers of {low} or more; expected them such as 16,32")
+        return numbers
+
+    return parse
+
+
+def _whole(low: int):
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"'{text}' is no whole number of {low} or more")
+        return int(text)
+
+    return parse
+
+
 def _rate(text: str) -> Fraction:
     try:
         rate = Fraction(text)
@@ -460,13 +641,14 @@ def _say(note: str) -> None:
 
 
 @contextmanager
-def _bar(total: int, what: str):
+def _bar(total: int, what: str, unit: str = "frame"):
     """Yield progress(done, total), drawn on stderr when that is a terminal."""
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=what, unit="frame", file=sys.stderr, disable=None) as bar:
+    shape = "{desc}: {percentage:3.0f} % of {total_fmt} {unit}s |{bar}| {elapsed}, {remaining} left"
+    with tqdm(total=total, desc=what, unit=unit, file=sys.stderr, disable=None, bar_format=shape) as bar:
 
-        def progress(done: int, total: int) -> None:
+        def progress(done: float, total: int) -> None:  # parts of a frame count too
             bar.total = total
             bar.update(done - bar.n)
 

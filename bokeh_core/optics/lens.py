@@ -71,6 +71,8 @@ class Lens:
     focal_length    mm
     sensor_width    mm, the sensor's side along the image's width (36 x 24: 36 for landscape, 24 for portrait)
     focus_distance  m, `inf` allowed. None = the distance of the focus chosen in the picture
+    highlights           >= 0, how much brighter than white the clipped lights of an 8-bit picture really were; 0 = leave them
+    highlight_threshold  0 .. 1, display-encoded value above which light counts as clipped, more so the nearer to 1
     """
 
     strength: float = 24.0
@@ -79,8 +81,14 @@ class Lens:
     sensor_width: float = 36.0
     focus_distance: float | None = None
     aperture: Aperture = field(default_factory=Aperture)
+    highlights: float = 0.0
+    highlight_threshold: float = 0.9
 
     def __post_init__(self):
+        if not (math.isfinite(self.highlights) and self.highlights >= 0):
+            raise BokehError(f"The highlight boost is {self.highlights}; expected 0 (none) or more.")
+        if not 0 <= self.highlight_threshold < 1:
+            raise BokehError(f"The highlight threshold is {self.highlight_threshold}; expected 0 or more and less than 1 (white).")
         if not (math.isfinite(self.strength) and self.strength >= 0):
             raise BokehError(f"The blur strength is {self.strength}; expected 0 or more (px of radius at {STRENGTH_WIDTH} px width).")
         for name in ("f_number", "focal_length", "sensor_width"):

@@ -3,21 +3,29 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import BokehError
 from ..optics.defocus import Defocus
-from .layering import build_scene, harden_edges, thresholds
-from .light import to_display, to_linear
-from .scatter import scatter
+from ..optics.lens import Aperture
+from .aperture import colour_groups, kernel, magnify
+from .layering import build_scene, harden_edges, regrow, thresholds
+from .light import recover_highlights, to_display, to_linear
+from .rays import trace
+from .scatter import reached, scatter, scatter_moments
 from .scene import Scene
 
-QUALITIES = ("fast",)
+QUALITIES = ("fast", "reference")
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[float, int], None]
+Report = Callable[[float], None]  # the finished share of one frame, 0..1; may raise to interrupt
 
 
 def _slope(signed: torch.Tensor) -> torch.Tensor:
-    """Gradient of the blur radius |s| for scatter: [H, W] signed defocus px -> [2, H, W]. The smaller one-sided difference, so that steps give 0."""
+    """Gradient of the blur radius |s| for scatter: [H, W] signed defocus px -> [2, H, W].
+
+    The smaller one-sided difference, so that steps give 0.
+    """
 
     def along(dim: int) -> torch.Tensor:
         step = signed.diff(dim=dim)
@@ -28,43 +36,113 @@ def _slope(signed: torch.Tensor) -> torch.Tensor:
     return torch.stack([along(1), along(0)]).clamp(-0.5, 0.5) * signed.sign()
 
 
-def composite(scene: Scene, k: float, focus: float, check: Callable[[], None] | None = None) -> torch.Tensor:
+def composite(scene: Scene, k: float, focus: float, report: Report | None = None, aperture: Aperture | None = None) -> torch.Tensor:
     """FAST: scatter each layer by its own defocus, then compose back to front with "over" (RENDERERS.md, section 1).
 
     Each layer is divided by the scatter of a plane of ones of the same layer, so uneven radii neither brighten nor darken it.
-    Returns [3, H, W] linear light.
+    Colours that the aperture parts (chromatic_*) are rendered each with its own radii. Returns [3, H, W] linear light.
     """
-    out = sharp = None
-    for layer in scene.layers:
-        signed = k * (layer.disparity - focus)
-        radius, slope = signed.abs(), _slope(signed)
-        if out is None:  # the farthest layer covers everything
-            blurred = scatter(torch.cat([layer.color, torch.ones_like(radius)[None]]), radius, slope, check)
-            out, sharp = blurred[:3] / blurred[3:].clamp_min(1e-6), layer.color
-            continue
-        color, alpha = layer.color * layer.alpha, layer.alpha
-        if scene.estimated:
+    aperture = aperture or Aperture()
+    groups = colour_groups(aperture)
+    parts = []
+    for n, (channels, axial, magnification) in enumerate(groups):
+
+        def share(done: float, n: int = n) -> None:
+            if report is not None:
+                report((n + done) / len(groups))
+
+        parts.append(magnify(_composite(scene, channels, k, focus, axial, aperture, share), magnification))
+    return torch.cat(parts)
+
+
+def _composite(scene: Scene, channels: slice, k: float, focus: float, axial: float, aperture: Aperture, report: Report) -> torch.Tensor:
+    """The channels [C, H, W] of `composite` whose radii are 1 + axial times larger in front of focus, 1 - axial times behind."""
+    radii = [k * (layer.disparity - focus) for layer in scene.layers]
+    radii = [s * (1 + axial * s.sign()) for s in radii]
+    wanted = _correlated(scene, radii)
+    spread = sum(kernel(aperture).variance) / 2  # E[a_x^2] over the aperture
+    out = sharp = moments = None  # mean over the aperture, the picture in focus, and E[(v - out) a] of what lies behind the next layer
+    for n, (layer, signed) in enumerate(zip(scene.layers, radii, strict=True)):
+
+        def check(n: int = n) -> None:
+            report(n / len(scene.layers))
+
+        color, alpha = layer.color[channels], layer.alpha[None]
+        if n == 0:  # the farthest layer covers everything
+            alpha = torch.ones_like(alpha)
+        elif scene.estimated:
             # A guessed rim in focus shows the background through itself. Believe that only as far as blurring that background matters.
             change = (out.clamp_min(0).sqrt() - sharp.clamp_min(0).sqrt()).square().mean(0)
-            doubt = torch.where(radius < 1, RIM_DOUBT**2 / (change + RIM_DOUBT**2), 0)
+            doubt = torch.where(signed.abs() < 1, RIM_DOUBT**2 / (change + RIM_DOUBT**2), 0)
             opaque = alpha + (1 - alpha) * doubt * (alpha >= 0.5)
-            color = color + (opaque - alpha) * sharp
+            color = color + (opaque - alpha) / opaque.clamp_min(1e-3) * (sharp - color)
             alpha = opaque
-        sharp = color + (1 - alpha) * sharp
-        blurred = scatter(torch.cat([color, alpha[None], torch.ones_like(alpha)[None]]), radius, slope, check)
-        blurred = blurred[:4] / blurred[4:].clamp_min(1e-6)
-        out = out * (1 - blurred[3:]) + blurred[:3]
+        color = color * alpha
+        sharp = color if n == 0 else color + (1 - alpha) * sharp
+
+        planes = torch.cat([color, alpha, torch.ones_like(alpha)]) if n else torch.cat([color, alpha])
+        lit = alpha[0] > 0 if n else None
+        blurred = scatter(planes, signed, _slope(signed), check, aperture=aperture, lit=lit)
+        mass = blurred[-1:].clamp_min(1e-6)
+        mean = blurred[:-1] / mass
+        own = None
+        if wanted[n] is not None:
+            own = scatter_moments(planes, signed, wanted[n], check, aperture=aperture)
+            own = (own[:, :-1] - mean * own[:, -1:]) / mass
+        if n == 0:
+            out, moments = mean, own
+            continue
+        light, cover = mean[:-1], mean[-1:]
+        visible = out * (1 - cover)
+        if own is not None:
+            if moments is not None:
+                # Where the aperture looks past the front layer it sees another part of what lies behind than on average.
+                visible = visible - (own[:, -1:] * moments).sum(0) / spread
+                moments = moments * (1 - cover)
+            behind = 0 if moments is None else moments
+            moments = behind - own[:, -1:] * out + own[:, :-1]
+        elif moments is not None:
+            moments = moments * (1 - cover)
+        out = visible.clamp_min(0) + light if own is not None else visible + light
     return out
 
 
+def _correlated(scene: Scene, radii: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    """For each layer the blocks where its own edge, or that of a layer in front of it, is blurred: where moments matter. None = nowhere."""
+    wanted: list[torch.Tensor | None] = []
+    blocks = None
+    for n in range(len(scene.layers) - 1, -1, -1):
+        if n > 0:
+            alpha = scene.layers[n].alpha[None]
+            edge = (F.max_pool2d(alpha, 3, 1, 1) - alpha > 0.01) | (F.max_pool2d(-alpha, 3, 1, 1) + alpha > 0.01)
+            edge = edge[0] & (radii[n].abs() > BLURRED)
+            if bool(edge.any()):
+                here = reached(edge, radii[n])
+                blocks = here if blocks is None else blocks | here
+        wanted.insert(0, blocks)
+    return wanted
+
+
+BLURRED = 0.75  # px; below this a layer's edge blocks no part of the aperture that matters
+UNTOUCHED = 1e-5  # linear light; at black a thirtieth of an 8-bit step
 RIM_DOUBT = 0.3  # square-root light; below this change a guessed rim stays as it was
 
 
-def shot_cuts(disparity: torch.Tensor, k: float) -> list[float]:
-    """Layer thresholds for a whole shot: measured on frames of it, [S, H, W], with its largest k. Pass them to `render` chunk by chunk."""
+def shot_cuts(disparity: torch.Tensor, k: float, matte: torch.Tensor | None = None) -> list[float]:
+    """Layer thresholds for a whole shot: measured on frames of it, [S, H, W] (matte likewise), with its largest k.
+
+    Pass them to `render` chunk by chunk, so that no layer appears or vanishes within the shot.
+    """
     if k == 0:
         return []
-    return thresholds(torch.stack([harden_edges(d, k) for d in disparity]), k)
+    frames = []
+    for i, d in enumerate(disparity):
+        d = harden_edges(d, k)
+        if matte is not None:
+            m = matte[i if len(matte) > 1 else 0]
+            d = torch.where(m > 0.5, *regrow(d, m))
+        frames.append(d)
+    return thresholds(torch.stack(frames), k)
 
 
 def render(
@@ -73,6 +151,9 @@ def render(
     *,
     linear: bool = False,
     quality: str = "fast",
+    rays: int = 1024,
+    matte: torch.Tensor | None = None,
+    clean_plate: torch.Tensor | None = None,
     cuts: list[float] | None = None,
     progress: Progress | None = None,
     device: torch.device | str | None = None,
@@ -82,9 +163,12 @@ def render(
 
     image     [B, 3, H, W] float, display-encoded sRGB, or linear light when `linear`; values above 1 are light and survive
     defocus   disparity [B, H, W], focus [B], k [B] (a Defocus of one frame serves a batch, one picture serves a Defocus of many frames)
-    quality   one of QUALITIES
+    quality   "fast": disks scattered over depth layers; "reference": rays through the aperture, across the same layers
+    rays      per pixel, for "reference"
+    matte     [B or 1, H, W] 0..1, 1 = the subject: its edge is believed more than the depth's
+    clean_plate  [B or 1, 3, H, W] in the image's light: the scene without the subject (with a matte), or the farthest surroundings alone
     cuts      layer thresholds shared by a whole shot (see shot_cuts); measured on this batch when not given
-    progress  called as progress(done, total) after each tile of work; may raise to interrupt
+    progress  called as progress(frames done, frames), with fractions of a frame, after each tile of work; may raise to interrupt
     device    where to compute, one frame at a time; None = where the image is
     out       [B, 3, H, W] tensor to write the result to; None = a new one like the image
 
@@ -99,6 +183,11 @@ def render(
     if tuple(defocus.disparity.shape[1:]) != (height, width):
         size = "x".join(str(n) for n in defocus.disparity.shape[:0:-1])
         raise BokehError(f"The defocus is {size} px but the picture is {width}x{height} px. Make the defocus from this picture.")
+    for name, extra, wanted in (("matte", matte, (height, width)), ("clean plate", clean_plate, (3, height, width))):
+        if extra is not None and (tuple(extra.shape[1:]) != wanted or extra.shape[0] not in (1, pictures)):
+            raise BokehError(
+                f"The {name} has shape {list(extra.shape)}; expected {[pictures, *wanted]} like the picture, or one for all frames."
+            )
     maps = defocus.disparity.shape[0]
     if pictures != maps and 1 not in (pictures, maps):
         raise BokehError(f"{pictures} pictures but {maps} depth maps. Give one depth map, or one for each picture.")
@@ -106,24 +195,51 @@ def render(
     frames = max(pictures, maps)
     device = torch.device(device) if device is not None else image.device
     focus, k = ([float(v) for v in t] for t in (defocus.focus, defocus.k))
+
+    def frame(batch: torch.Tensor, i: int) -> torch.Tensor:
+        return batch[i if len(batch) > 1 else 0].to(device, torch.float32)
+
+    def light(batch: torch.Tensor, i: int, name: str) -> torch.Tensor:
+        picture = frame(batch, i)
+        if not bool(picture.isfinite().all()):
+            raise BokehError(f"{name} {i} holds values that are not numbers (NaN or infinite). Repair it before rendering.")
+        return picture if linear else to_linear(picture)
+
+    def cover(i: int) -> torch.Tensor | None:
+        return None if matte is None else frame(matte, i).clamp(0, 1)
+
     if cuts is None:
-        sample = torch.linspace(0, maps - 1, min(maps, 8)).long().unique()
-        cuts = shot_cuts(defocus.disparity[sample].to(device, torch.float32), max(abs(v) for v in k))
+        sample = sorted({round(n * (frames - 1) / 7) for n in range(8)})
+        mattes = None if matte is None else torch.stack([cover(i) for i in sample])
+        cuts = shot_cuts(torch.stack([frame(defocus.disparity, i) for i in sample]), max(abs(v) for v in k), mattes)
     if out is None:
         out = image.new_empty(frames, 3, height, width)
     for i in range(frames):
-        picture, j = image[i if pictures > 1 else 0], i if maps > 1 else 0
+        j = i if maps > 1 else 0
         if k[j] == 0:
-            out[i] = picture
+            out[i] = image[i if pictures > 1 else 0]
         else:
-            light = picture.to(device, torch.float32)
-            light = light if linear else to_linear(light)
-            if not bool(light.isfinite().all()):
-                raise BokehError(f"Picture {i} holds values that are not numbers (NaN or infinite). Repair it before rendering.")
-            check = (lambda: progress(i, frames)) if progress else None  # noqa: B023 - called within this turn of the loop
-            disparity = harden_edges(defocus.disparity[j].to(device, torch.float32), k[j])
-            result = composite(build_scene(light, disparity, cuts, k[j]), k[j], focus[j], check)
-            out[i] = result if linear else to_display(result)
+
+            def report(done: float, i: int = i) -> None:
+                if progress is not None:
+                    progress(i + done, frames)
+
+            report(0)
+            original = frame(image, i)
+            picture = light(image, i, "Picture")
+            disparity = frame(defocus.disparity, i)
+            source = recover_highlights(picture, defocus.lens, k[j] * (disparity - focus[j]))
+            plate = None if clean_plate is None else light(clean_plate, i, "Clean plate")
+            scene = build_scene(source, harden_edges(disparity, k[j]), cuts, k[j], cover(i), plate)
+            report(0.2)
+            aperture = defocus.lens.aperture
+            if quality == "reference":
+                result = trace(scene, k[j], focus[j], rays=rays, aperture=aperture, progress=lambda n, of: report(0.2 + 0.8 * n / of))
+            else:
+                result = composite(scene, k[j], focus[j], lambda done: report(0.2 + 0.8 * done), aperture)
+            # What no blur reaches is the input itself, not the input decoded and encoded again.
+            untouched = ((result - picture).abs() < UNTOUCHED).all(0)
+            out[i] = torch.where(untouched, original, result if linear else to_display(result))
         if progress:
             progress(i + 1, frames)
     return out

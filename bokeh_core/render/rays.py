@@ -12,14 +12,12 @@ import torch.nn.functional as F
 
 from ..errors import BokehError
 from ..optics.lens import Aperture
+from .aperture import barrel_shift, colour_groups, profile, squeeze, transmission
 from .scene import Layer, Scene
 
 CHUNK = 16  # rays summed in the scene's precision before they join the float64 total
 TILE_PIXELS = 1 << 18  # pixels worked on at once: the working set stays near the processor
 ITERATIONS = 3  # of x = p + a k (d(x) - focus) where the disparity is not a plane
-AXIAL_SCALE = 0.12  # chromatic_longitudinal 1: red balls in front of focus 12 % larger, blue 12 % smaller; behind focus the reverse
-LATERAL_SCALE = 0.005  # chromatic_lateral 1: red magnified by 0.5 %, blue reduced by as much
-ONION_RINGS = 6
 
 Progress = Callable[[int, int], None]
 
@@ -29,40 +27,6 @@ def vogel_disk(count: int) -> torch.Tensor:
     i = torch.arange(count, dtype=torch.float64)
     angle, radius = i * (math.pi * (3 - math.sqrt(5))), ((i + 0.5) / count).sqrt()
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
-
-
-def transmission(aperture: Aperture, points: torch.Tensor) -> torch.Tensor:
-    """[n] light 0.. that passes the aperture at points [n, 2] of its unit disk: blades or picture. x right, y down.
-
-    Blades have their corners on the unit circle, one of them at `rotation` degrees from the right, counter-clockwise. A picture spans
-    the square around the disk, and is drawn as it appears in lights behind the focus plane. Squeeze and looks are not in here.
-    """
-    if aperture.picture is not None:
-        picture = aperture.picture.to(points)
-        grid = points.view(1, 1, -1, 2)
-        return F.grid_sample(picture[None, None], grid, mode="bilinear", padding_mode="zeros", align_corners=False).view(-1)
-    radius = points.norm(dim=1)
-    if aperture.blades < 3:
-        return (radius <= 1).to(points.dtype)
-    sector = 2 * math.pi / aperture.blades
-    angle = torch.atan2(-points[:, 1], points[:, 0]) - math.radians(aperture.rotation)
-    straight = math.cos(sector / 2) / (torch.remainder(angle, sector) - sector / 2).cos()
-    return (radius <= straight + (1 - straight) * aperture.roundness).to(points.dtype)
-
-
-def squeeze(aperture: Aperture) -> tuple[float, float]:
-    """Factors (x, y) <= 1 that make the ball anamorphic inside the unit disk."""
-    return 1 / max(aperture.anamorphic, 1.0), min(aperture.anamorphic, 1.0)
-
-
-def profile(aperture: Aperture, radius: torch.Tensor, side: int) -> torch.Tensor:
-    """Brightness of the ball at radius 0..1 from its centre, mean 1 over the disk; side +1 in front of focus, -1 behind.
-
-    Spherical aberration tilts it, 1 - side c (2 r^2 - 1): a bright rim behind focus for c > 0. Onion rings have equal areas.
-    """
-    return (1 - side * aperture.spherical * (2 * radius**2 - 1)) * (
-        1 + 0.6 * aperture.onion * torch.cos(2 * math.pi * ONION_RINGS * radius**2)
-    )
 
 
 def aperture_rays(aperture: Aperture, rays: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -205,14 +169,9 @@ def trace(
     points, front, back = aperture_rays(aperture, rays)
     points, front, back = points.tolist(), front.tolist(), back.tolist()
 
-    # Colours that travel together: (channels, axial scale, magnification).
-    groups = [(slice(0, 3), 0.0, 1.0)]
-    if aperture.chromatic_longitudinal or aperture.chromatic_lateral:
-        axial, lateral = AXIAL_SCALE * aperture.chromatic_longitudinal, LATERAL_SCALE * aperture.chromatic_lateral
-        groups = [(slice(i, i + 1), sign * axial, 1 + sign * lateral) for i, sign in enumerate((1, 0, -1))]
-
+    groups = colour_groups(aperture)
     center = torch.tensor([(width - 1) / 2, (height - 1) / 2])
-    reach = float(center.norm().clamp_min(1))
+    shift = barrel_shift(aperture, height, width)
     tile = tile or max(TILE_PIXELS // width, 1)
     tops = range(0, height, tile)
     chunks = range(0, len(points), CHUNK)
@@ -233,9 +192,7 @@ def trace(
             for i in range(start, min(start + CHUNK, len(points))):
                 ax, ay = points[i]
                 passes = None
-                if aperture.cats_eye:
-                    # The rear rim of the barrel: a second circle, shifted against the direction of view (RENDERERS.md, section 1).
-                    shift = aperture.cats_eye / reach
+                if shift:  # the rear rim of the barrel: a second circle, shifted against the direction of view
                     passes = (ax + shift * (x - float(center[0]))) ** 2 + (ay + shift * (y - float(center[1]))) ** 2 <= 1
                 for channels, axial, magnification in groups:
                     _one_ray(part, surfaces, channels, ax, ay, (front[i], back[i]), passes, rows, x, y, axial, magnification, center)

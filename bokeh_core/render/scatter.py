@@ -2,217 +2,377 @@
 
 The published definition is the scatter sum
 
-    out(p) = sum_q values(q) * w(r_q, p - q) * (1 + (p - q) . slope_q / r_q),     sum_p w(r, p) = 1,
+    out(p) = sum_q values(q) * w(s_q, p - q) * (1 + (p - q) . slope_q / |s_q|),     sum_p w(s, p) = 1,
 
-with w the disk of radius r convolved with the bilinear tent of one pixel (RENDERERS.md, sections 1 and 2, pitfall 5): exactly what rays
-through an aperture see of a bilinearly sampled picture, and the identity at r = 0. The last factor is the Jacobian of x = p + a s(x), the
-point of a sloping surface that aperture point a sees; it matters only where the radius itself changes from pixel to pixel.
+with w the aperture's image at signed defocus s, for a plain lens the disk of radius |s|, convolved with the bilinear tent of one pixel
+(RENDERERS.md, sections 1 and 2, pitfall 5): exactly what rays through an aperture see of a bilinearly sampled picture, and the identity at
+s = 0. The last factor is the Jacobian of x = p + a s(x), the point of a sloping surface that aperture point a sees; it matters only where
+the radius itself changes from pixel to pixel. A cat's eye multiplies w by the share that the rear rim of the barrel lets through.
 
 `scatter_dense` is that sum, written plainly: the judge. `scatter` is what users run: the same sum turned round (each pixel collects from
-the offsets that can reach its tile), with the kernel's symmetry halving the additions and a resolution pyramid above radius R0.
+the offsets that can reach its tile), with the kernel's symmetry halving the additions and a resolution pyramid above the kernel's r0.
 It has no atomics and no running sums, so it is deterministic on every device and keeps full float32 precision next to bright lights.
 """
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
-R0 = 16  # px; larger disks are scattered on a coarser grid
-STEPS = 64  # table entries per pixel of radius
+from ..optics.lens import Aperture
+from .aperture import Kernel, barrel_shift, kernel
+from .pyramid import down, up2
+
 FLAT = 0.02  # slopes below this change no pixel visibly (about 60 dB)
+SHARP = 1e-3  # px; a smaller disk is its own pixel
+BLOCK = 32  # px; how finely `lit` is looked at
 
 
-@lru_cache(maxsize=1)
-def disk_table() -> torch.Tensor:
-    """Weights of the disk (x) tent kernel: [R0 + 2, R0 + 2, R0 * STEPS + 1] float32, indexed |dx|, |dy|, radius * STEPS. Sums to 1 per radius.
-
-    With y = r sin t the disk is |x| < r cos t, so one integral over x is closed and the other one smooth.
-    """
-    r = torch.arange(1, R0 * STEPS + 1, dtype=torch.float64) / STEPS
-    t = (torch.arange(384, dtype=torch.float64) + 0.5) / 384 * math.pi - math.pi / 2
-    h = r[:, None] * t.cos()
-    y = r[:, None] * t.sin()
-    offsets = torch.arange(R0 + 2, dtype=torch.float64)[:, None, None]
-
-    def tent_integral(x: torch.Tensor) -> torch.Tensor:  # of max(0, 1 - |x|) from -inf to x
-        x = x.clamp(-1, 1)
-        return 0.5 + x - x * x.abs() / 2
-
-    across = tent_integral(h - offsets) - tent_integral(-h - offsets)
-    along = (1 - (y - offsets).abs()).clamp_min(0) * h  # h = r cos t is also the Jacobian dy / dt
-    table = torch.einsum("arn,brn->abr", across, along)
-    ones = torch.full((R0 + 2,), 2.0, dtype=torch.float64)
-    ones[0] = 1
-    table = (table + table.transpose(0, 1)) / 2
-    table /= torch.einsum("abr,a,b->r", table, ones, ones)
-    identity = torch.zeros(R0 + 2, R0 + 2, 1, dtype=torch.float64)
-    identity[0, 0] = 1
-    return torch.cat([identity, table], dim=2).float()
-
-
-def scatter_dense(values: torch.Tensor, radius: torch.Tensor, slope: torch.Tensor | None = None) -> torch.Tensor:
-    """The definition, for radii up to R0; arguments as for `scatter`, result in float64. Slow; judges `scatter`."""
-    table = disk_table().double()
-    index = (radius.double() * STEPS).round().long()
-    reach = math.ceil(float(radius.max())) + 1
+def scatter_dense(
+    values: torch.Tensor, radius: torch.Tensor, slope: torch.Tensor | None = None, aperture: Aperture | None = None
+) -> torch.Tensor:
+    """The definition, for radii up to the kernel's r0; arguments as for `scatter`, result in float64. Slow; judges `scatter`."""
+    shape = kernel(aperture)
+    radius = radius.double()
+    index, fraction = _index(shape, radius)
+    reach = math.ceil(float(radius.abs().max())) + 1
     c, h, w = values.shape
+    shift = barrel_shift(aperture or Aperture(), h, w)
+    y, x = torch.meshgrid(torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64), indexing="ij")
     out = torch.zeros(c, h + 2 * reach, w + 2 * reach, dtype=torch.float64)
     for dy in range(-reach, reach + 1):
         for dx in range(-reach, reach + 1):
-            weight = table[abs(dx), abs(dy)][index]
+            row = shape.row(dx, dy).double()
+            weight = torch.lerp(row[index], row[index + 1], fraction)
             if slope is not None:
-                tilt = _tilt(slope.double(), radius.double())
+                tilt = _tilt(slope.double(), radius)
                 weight = weight * (1 + dx * tilt[0] + dy * tilt[1])
+            if shift:  # the circle as the pixel that is reached sees it
+                mx, my = shift * (x + dx - (w - 1) / 2), shift * (y + dy - (h - 1) / 2)
+                distance = torch.hypot(dx - radius * mx, dy - radius * my)
+                passed = (0.5 + (radius.abs() - distance) / (1 - radius * shift)).clamp(0, 1)
+                whole = (0.5 + radius.abs() - math.hypot(dx, dy)).clamp(RIM, 1)
+                weight = weight * torch.maximum(passed / whole, 1 - radius.abs()).clamp(0, 1)
             out[:, reach + dy : reach + dy + h, reach + dx : reach + dx + w] += values.double() * weight
     return out[:, reach : reach + h, reach : reach + w]
 
 
+RIM = 0.02  # a pixel that the aperture covers by less than this counts as this much covered, when its clipped share is asked for
+
+
+def _index(shape: Kernel, radius: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entries of the kernel's table for signed radii, and how far each lies on the way to the next entry, 0..1."""
+    at = radius * shape.steps + shape.r0 * shape.steps if shape.sided else radius.abs() * shape.steps
+    index = at.floor().clamp(0, shape.table.shape[2] - 2)
+    return index.int(), at - index
+
+
+def _weights(row: torch.Tensor, index: torch.Tensor, fraction: torch.Tensor, out: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
+    """The table's row [n] read between its entries; all others flat and of one length. Fills and returns `out`."""
+    torch.index_select(row, 0, index, out=out)
+    torch.index_select(row[1:], 0, index, out=spare)
+    return out.lerp_(spare, fraction)
+
+
 def _tilt(slope: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     """slope / radius, with the pixel's own tent (variance 2/3 of a disk of radius 1) taken off where the disk is no larger than a pixel."""
-    return slope * radius / (radius.square() + 2 / 3)
-
-
-def _down(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Halve one axis, keeping the sum: the transpose of `_up`. Odd lengths keep samples 0, 2, 4...; both choices are symmetric under a flip."""
-    x = x.movedim(dim, -1)
-    n = x.shape[-1]
-    if n % 2:
-        even, odd = x[..., ::2].clone(), x[..., 1::2] / 2
-        even[..., :-1] += odd
-        even[..., 1:] += odd
-        return even.movedim(-1, dim)
-    left, right = x[..., ::2], x[..., 1::2]
-    out = 0.75 * (left + right)
-    out[..., 1:] += 0.25 * right[..., :-1]
-    out[..., :-1] += 0.25 * left[..., 1:]
-    out[..., 0] += 0.25 * left[..., 0]
-    out[..., -1] += 0.25 * right[..., -1]
-    return out.movedim(-1, dim)
-
-
-def _up(x: torch.Tensor, dim: int, n: int) -> torch.Tensor:
-    """Double one axis to length n by linear interpolation (halved, so that densities stay per pixel)."""
-    x = x.movedim(dim, -1) / 2
-    out = x.new_empty(*x.shape[:-1], n)
-    if n % 2:
-        out[..., ::2] = x
-        out[..., 1::2] = (x[..., :-1] + x[..., 1:]) / 2
-    else:
-        before = torch.cat([x[..., :1], x[..., :-1]], -1)
-        after = torch.cat([x[..., 1:], x[..., -1:]], -1)
-        out[..., ::2] = 0.75 * x + 0.25 * before
-        out[..., 1::2] = 0.75 * x + 0.25 * after
-    return out.movedim(-1, dim)
+    return slope * radius.abs() / (radius.square() + 2 / 3)
 
 
 def scatter(
-    values: torch.Tensor, radius: torch.Tensor, slope: torch.Tensor | None = None, check: Callable[[], None] | None = None
+    values: torch.Tensor,
+    radius: torch.Tensor,
+    slope: torch.Tensor | None = None,
+    check: Callable[[], None] | None = None,
+    *,
+    aperture: Aperture | None = None,
+    lit: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Spread every pixel of `values` over its disk.
+    """Spread every pixel of `values` over its image of the aperture.
 
-    values  [C, H, W] float32, any range; give a plane of ones to get the weight that arrived at each pixel
-    radius  [H, W] float32 >= 0, px; not bounded
-    slope   [2, H, W] d radius / dx, d radius / dy, below 1 in size; None = locally constant radius
-    check   called between tiles; may raise to interrupt
+    values    [C, H, W] float32, any range; give a plane of ones to get the weight that arrived at each pixel
+    radius    [H, W] float32 signed defocus in px, > 0 in front of focus; not bounded. A plain lens looks at its size only
+    slope     [2, H, W] d |radius| / dx, d |radius| / dy, below 1 in size; None = locally constant radius
+    check     called between tiles; may raise to interrupt
+    aperture  shape and looks; its colours (chromatic_*) are for the caller to take apart. None = a plain disk
+    lit       [H, W] bool. Where no lit pixel reaches, nothing is computed and the result is 0 in every plane. None = all are lit
 
-    Returns [C, H, W] float32. What leaves the frame is lost.
+    Returns [C, H, W] float32. What leaves the frame, or is stopped by a cat's eye, is lost.
     """
-    c, h, w = values.shape
-    far = radius > R0
-    if not bool(far.any()):
-        return _scatter_level(values, radius, slope, check)
-    near = ~far
-    out = torch.zeros_like(values)
-    if bool(near.any()):
-        out = _scatter_level(values * near, radius * near, slope, check)
-    # Extra variance of the coarser grid (spline down, linear up, wider tent): 2 px^2 an axis, taken off the disk's r^2 / 4.
-    shrunk = (radius.square() - 8).clamp_min(0).sqrt()
-    extra = [shrunk[None] / 2] if slope is None else [shrunk[None] / 2, slope]
-    planes = torch.cat([*extra, torch.ones_like(radius)[None]]) * far
-    coarse = _down(_down(torch.cat([values * far, planes]), 1), 2)
-    means = coarse[c:-1] / coarse[-1:].clamp_min(1e-12)
-    coarse = scatter(coarse[:c], means[0], means[1:] if slope is not None else None, check)
-    return out + _up(_up(coarse, 2, w), 1, h)
+    shift = barrel_shift(aperture, *radius.shape) if aperture is not None else 0.0
+    return _pyramid(values, radius, slope, kernel(aperture), shift, None if lit is None else reached(lit, radius), BLOCK, False, check)
 
 
-def _scatter_level(
-    values: torch.Tensor, radius: torch.Tensor, slope: torch.Tensor | None, check: Callable[[], None] | None
+def scatter_moments(
+    values: torch.Tensor,
+    radius: torch.Tensor,
+    blocks: torch.Tensor,
+    check: Callable[[], None] | None = None,
+    *,
+    aperture: Aperture | None = None,
 ) -> torch.Tensor:
-    """The scatter sum for radii up to R0, tile by tile."""
-    c, h, w = values.shape
-    table = disk_table().to(values.device)
-    pad = R0 + 1
-    index = F.pad((radius * STEPS).round().to(torch.int32), (pad,) * 4)
-    padded = F.pad(values, (pad,) * 4)
-    tilt = None if slope is None else F.pad(_tilt(slope, radius), (pad,) * 4)
-    out = torch.empty_like(values)
+    """First moments over the aperture of what `scatter` averages: sum_q values(q) w(s_q, p - q) (q - p) / s_q.
+
+    With x = p + a s, (q - p) / s_q is the aperture point a that sees q; so this is E[v a], where scatter gives E[v]. 0 where radii are.
+
+    values, radius, check, aperture  as for `scatter`
+    blocks  as from `reached`: where the answer is wanted; elsewhere it is 0
+
+    Returns [2, C, H, W]: x and y.
+    """
+    shift = barrel_shift(aperture, *radius.shape) if aperture is not None else 0.0
+    out = _pyramid(values, radius, None, kernel(aperture), shift, blocks, BLOCK, True, check)
+    return out.view(2, *values.shape)
+
+
+def reached(lit: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    """[ceil(H / BLOCK), ceil(W / BLOCK)] bool: blocks that light from lit pixels may reach."""
+    if not bool(lit.any()):
+        return torch.zeros(1, 1, dtype=torch.bool, device=lit.device).expand(*(-(-n // BLOCK) for n in lit.shape))
+    farthest = 1.25 * float(radius.abs()[lit].max()) + 4  # the coarser grids spread a little farther
+    blocks = F.max_pool2d(lit[None, None].float(), BLOCK, ceil_mode=True)
+    around = math.ceil(farthest / BLOCK)
+    for size in ((2 * around + 1, 1), (1, 2 * around + 1)):
+        n = [min(s // 2, around) for s in size]
+        blocks = F.max_pool2d(F.pad(blocks, (n[1], n[1], n[0], n[0])), size, 1)
+    return blocks[0, 0] > 0
+
+
+def _pyramid(values, radius, slope, shape: Kernel, shift: float, reached, block: float, moments: bool, check) -> torch.Tensor:
+    """Radii up to r0 on this grid, larger ones on one of half the resolution. `block`: px of this grid in a block of `reached`."""
+    h, w = radius.shape
+    far = radius.abs() > shape.r0
+    if not bool(far.any()):
+        return _scatter_level(values, radius, slope, None, shape, shift, reached, block, moments, check)
+    near = ~far
+    if bool(near.any()):
+        out = _scatter_level(values, radius, slope, near, shape, shift, reached, block, moments, check)
+    else:
+        out = torch.zeros_like(values).repeat(2 if moments else 1, 1, 1)
+
+    def coarser(plane: torch.Tensor) -> torch.Tensor:
+        return down(down(plane * far, 0), 1)
+
+    weight = coarser(torch.ones_like(radius)).clamp_min(1e-12)
+    # The coarser grid (spline down, linear up, wider tent) adds a variance of 2 px^2 an axis, taken off the kernel: r^2 / 4 for a disk.
+    back, front = (2 / v for v in shape.variance)
+    lost = back if back == front else torch.where(radius > 0, front, back)
+    smaller = coarser((radius.square() - lost).clamp_min(0).sqrt() / 2) / weight
+    if shape.sided or shift or moments:
+        smaller = smaller.copysign(coarser(radius))
+    slopes = None if slope is None else torch.stack([coarser(plane) / weight for plane in slope])
+    area = (2 if h > 1 else 1) * (2 if w > 1 else 1)  # pixels of this grid in one of the coarser
+    # One channel at a time: pictures are large, and memory is what users run out of.
+    coarse = torch.stack([coarser(plane) for plane in values])
+    coarse = _pyramid(coarse, smaller, slopes, shape, 2 * shift, reached, block / 2, moments, check)
+    for plane, add in zip(out, coarse, strict=True):
+        plane += up2(add / area, h, w)
+    return out
+
+
+def _scatter_level(values, radius, slope, near, shape: Kernel, shift: float, reached, block: float, moments: bool, check) -> torch.Tensor:
+    """The scatter sum of the pixels `near` (None = all), whose radii are up to r0, tile by tile."""
+    _, h, w = values.shape
+    pad = shape.r0 + 1
+    out = values.new_empty(2 * len(values), h, w) if moments else torch.empty_like(values)
     rows, cols = (64, 256) if values.device.type == "cpu" else (2048, 2048)
     for y in range(0, h, rows):
         for x in range(0, w, cols):
             if check is not None:
                 check()
             th, tw = min(rows, h - y), min(cols, w - x)
+            tile = (slice(y, y + th), slice(x, x + tw))
+            here = out[:, tile[0], tile[1]]
+            if reached is not None:
+                first, last = (int(y / block), int(x / block)), (math.ceil((y + th) / block), math.ceil((x + tw) / block))
+                if not bool(reached[first[0] : last[0], first[1] : last[1]].any()):
+                    here.zero_()
+                    continue
+
+            def window(plane: torch.Tensor, margin: int) -> torch.Tensor:
+                """A copy of the tile and its surroundings, 0 beyond the frame and for pixels that are not near."""
+                top, bottom, left, right = y - margin, y + th + margin, x - margin, x + tw + margin  # noqa: B023
+                part = (..., slice(max(top, 0), bottom), slice(max(left, 0), right))
+                part = plane[part] if near is None else plane[part] * near[part[1:]]
+                return F.pad(part, (max(-left, 0), max(right - w, 0), max(-top, 0), max(bottom - h, 0)))
+
             # The tile's reach: the largest disk that can touch it.
-            reach = math.ceil(int(index[y : y + th + 2 * pad, x : x + tw + 2 * pad].max()) / STEPS) + 1
-            here = (slice(y + pad - reach, y + pad + th + reach), slice(x + pad - reach, x + pad + tw + reach))
-            if reach == 1:
-                out[:, y : y + th, x : x + tw] = values[:, y : y + th, x : x + tw]
+            largest = float(window(radius, pad).abs().max())
+            if largest < SHARP:
+                here[:] = 0 if moments else window(values, 0)
                 continue
-            tilted = None
-            if tilt is not None:
-                tilted = tilt[:, here[0], here[1]]
-                if float(tilted.abs().max()) * (reach - 1) < FLAT:
-                    tilted = None
-            out[:, y : y + th, x : x + tw] = _collect(padded[:, here[0], here[1]].contiguous(), index[here].flatten(), tilted, table, reach)
+            reach = math.ceil(largest) + 1
+            signed = window(radius, reach)
+            tilt = None
+            if slope is not None and not moments:
+                tilt = _tilt(window(slope, reach), signed)
+                if float(tilt.abs().max()) * (reach - 1) < FLAT:
+                    tilt = None
+            boxes = _boxes(*_index(shape, signed), signed, reach)
+            source = window(values, reach)
+            if moments:
+                source *= signed / (signed.square() + 2 / 3)  # 1 / s, damped as in _tilt
+            here.zero_()
+            if shape.even and not shift:
+                _collect_even(here, source, boxes, tilt, shape, reach, moments)
+            else:
+                barrel = _Barrel(signed, shift, (y - reach - (h - 1) / 2, x - reach - (w - 1) / 2)) if shift else None
+                _collect(here, source, boxes, tilt, barrel, shape, reach, moments)
     return out
 
 
-def _collect(source: torch.Tensor, index: torch.Tensor, tilt: torch.Tensor | None, table: torch.Tensor, reach: int) -> torch.Tensor:
-    """Sum over all offsets within `reach`: [C, h + 2 reach, w + 2 reach] -> [C, h, w].
+def _boxes(index: torch.Tensor, fraction: torch.Tensor, radius: torch.Tensor, reach: int) -> list[tuple | None]:
+    """For n = 0, 1, ...: rows from and to, columns from and to of the pixels with radius above n px, and what `_index` says there.
 
-    The kernel is even in dx and in dy, so each product serves its mirror images; the tilt is odd, and changes only their signs.
+    None where there are none; n = 0 is the whole window.
     """
+    boxes: list[tuple | None] = [(0, index.shape[0], 0, index.shape[1], index, fraction)]
+    lines = [radius.abs().amax(1), radius.abs().amax(0)]
+    for n in range(1, reach):
+        spans = [(line > n).nonzero().flatten().tolist() for line in lines]
+        if not spans[0]:
+            boxes.append(None)
+            continue
+        (top, bottom), (left, right) = ((s[0], s[-1] + 1) for s in spans)
+        part = (slice(top, bottom), slice(left, right))
+        boxes.append((top, bottom, left, right, index[part].contiguous(), fraction[part].contiguous()))
+    return boxes
+
+
+def _offset(shape: Kernel, dx: int, dy: int) -> float:
+    """The smallest radius whose kernel reaches offset (dx, dy)."""
+    return math.hypot(max(abs(dx) - 1, 0) / shape.squeeze[0], max(abs(dy) - 1, 0) / shape.squeeze[1])
+
+
+def _collect_even(
+    out: torch.Tensor, source: torch.Tensor, boxes: list, tilt: torch.Tensor | None, shape: Kernel, reach: int, moments: bool
+) -> None:
+    """Adds to out [C, h, w] the sum over all offsets within `reach` of source [C, h + 2 reach, w + 2 reach].
+
+    The kernel is even in dx and in dy, so each product serves its mirror images; tilt and moments are odd, and change only their signs.
+    With `moments` out is [2 C, h, w]: the sums weighted by -dx, then by -dy.
+    """
+    _, h, w = out.shape
     c, sh, sw = source.shape
-    h, w = sh - 2 * reach, sw - 2 * reach
     tilted = tilt is not None
     source_x, source_y = (source * tilt[0], source * tilt[1]) if tilted else (None, None)
-    out = source.new_zeros(c, h, w)
-    even, odd = source.new_empty(c, h, sw), source.new_empty(c, h, sw) if tilted else None
-    product = torch.empty_like(source)
-    other = torch.empty_like(source) if tilted else None
-    weight = source.new_empty(sh * sw)
-    limit = (reach - 1) ** 2
+    even, odd = source.new_empty(c, h, sw), source.new_empty(c, h, sw) if tilted or moments else None
+    product = torch.empty(c * sh * sw, dtype=source.dtype, device=source.device)
+    weight, spare = source.new_empty(sh * sw), source.new_empty(sh * sw)
     for a in range(reach + 1):
         even.zero_()
-        if tilted:
+        if odd is not None:
             odd.zero_()
         for b in range(reach + 1):
-            if max(a - 1, 0) ** 2 + max(b - 1, 0) ** 2 >= limit:
+            closest = _offset(shape, a, b)
+            if closest >= reach - 1:
                 break
-            torch.index_select(table[a, b], 0, index, out=weight)
-            plane = weight.view(sh, sw)
-            plus, minus = slice(reach - b, reach - b + h), slice(reach + b, reach + b + h)
-            torch.mul(source, plane, out=product)
-            even += product[:, plus]
-            if b:
-                even += product[:, minus]
+            box = boxes[int(closest)]
+            if box is None:
+                break
+            top, bottom, left, right, index, fraction = box
+            # Of these rows, the ones that some row of the tile asks for.
+            y0, y1 = max(top, reach - b), min(bottom, reach + b + h)
+            if y0 >= y1:
+                continue
+            rows, count = slice(y0 - top, y1 - top), (y1 - y0) * (right - left)
+            _weights(shape.row(a, b), index[rows].view(-1), fraction[rows].view(-1), weight[:count], spare[:count])
+            plane = weight[:count].view(y1 - y0, right - left)
+            place = product[: c * plane.numel()].view(c, *plane.shape)
+
+            def add(total: torch.Tensor, values: torch.Tensor, factor: int, signs: tuple[int, int]) -> None:
+                torch.mul(values[:, y0:y1, left:right], plane * factor if factor > 1 else plane, out=place)  # noqa: B023
+                for sign, b_signed in ((signs[0], b), (signs[1], -b)) if b else ((signs[0], 0),):  # noqa: B023
+                    shift = reach - b_signed  # a row of the tile and the row of the source it asks for
+                    lo, hi = max(y0, shift), min(y1, shift + h)  # noqa: B023
+                    if lo < hi:
+                        total[:, lo - shift : hi - shift, left:right].add_(place[:, lo - y0 : hi - y0], alpha=sign)  # noqa: B023
+
+            add(even, source, 1, (1, 1))
             if tilted and b:
-                torch.mul(source_y, plane * b, out=other)
-                even += other[:, plus]
-                even -= other[:, minus]
+                add(even, source_y, b, (1, -1))
             if tilted and a:
-                torch.mul(source_x, plane * a, out=other)
-                odd += other[:, plus]
-                if b:
-                    odd += other[:, minus]
-        right, left = slice(reach - a, reach - a + w), slice(reach + a, reach + a + w)
-        out += even[:, :, right]
+                add(odd, source_x, a, (1, 1))
+            if moments and b:
+                add(odd, source, b, (-1, 1))
+        onward, backward = slice(reach - a, reach - a + w), slice(reach + a, reach + a + w)
+        if moments:
+            across, along = out[:c], out[c:]
+            along += odd[:, :, onward]
+            if a:
+                along += odd[:, :, backward]
+                across.add_(even[:, :, onward], alpha=-a).add_(even[:, :, backward], alpha=a)
+            continue
+        out += even[:, :, onward]
         if a:
-            out += even[:, :, left]
+            out += even[:, :, backward]
         if a and tilted:
-            out += odd[:, :, right]
-            out -= odd[:, :, left]
-    return out
+            out += odd[:, :, onward]
+            out -= odd[:, :, backward]
+
+
+class _Barrel:
+    """Cat's eye: the share of the light of each pixel of a window that the rear rim of the barrel lets through to an offset.
+
+    The pixel p that is reached sees the rim as |d - s m(p)| <= |s| with m(p) = shift (p - centre) = m(q) + shift d, d = p - q: for a source
+    pixel q a circle around s m(q) / e of radius |s| / e, e = 1 - s shift. Both rims of a ball may cross the same pixel, so the share is
+    taken of what the front rim leaves; below 1 px of radius there is nothing to see, and the share goes to 1.
+    """
+
+    def __init__(self, signed: torch.Tensor, shift: float, corner: tuple[float, float]):
+        """signed: [h, w] px; corner: row and column of the window's first pixel, from the picture's centre."""
+        y, x = (torch.arange(n, device=signed.device) + start for n, start in zip(signed.shape, corner, strict=True))
+        e = (1 - signed * shift).clamp_min(0.05)
+        scale = signed * shift / e
+        self.x, self.y = scale * x, scale * y[:, None]
+        self.rear, self.front = 0.5 + signed.abs() / e, 0.5 + signed.abs()
+        self.least = (1 - signed.abs()).clamp_min_(0)
+
+    def share(self, dx: int, dy: int, part: tuple[slice, slice]) -> torch.Tensor:
+        distance = (dx - self.x[part]).square_().add_((dy - self.y[part]).square_()).sqrt_()
+        passed = (self.rear[part] - distance).clamp_(0, 1)
+        passed /= (self.front[part] - math.hypot(dx, dy)).clamp_(RIM, 1)
+        return torch.maximum(passed, self.least[part]).clamp_(max=1)
+
+
+def _collect(
+    out: torch.Tensor,
+    source: torch.Tensor,
+    boxes: list,
+    tilt: torch.Tensor | None,
+    barrel: _Barrel | None,
+    shape: Kernel,
+    reach: int,
+    moments: bool,
+) -> None:
+    """As `_collect_even`, for kernels without symmetry: every offset on its own."""
+    _, h, w = out.shape
+    weight, spare = (torch.empty(source[0].numel(), dtype=source.dtype, device=source.device) for _ in range(2))
+    for dx in range(-reach, reach + 1):
+        for dy in range(-reach, reach + 1):
+            closest = _offset(shape, dx, dy)
+            box = boxes[int(closest)] if closest < reach - 1 else None
+            if box is None:
+                continue
+            top, bottom, left, right, index, fraction = box
+            rows, cols = reach - dy, reach - dx  # the source pixel that the tile's first pixel asks for
+            y0, y1 = max(top, rows), min(bottom, rows + h)
+            x0, x1 = max(left, cols), min(right, cols + w)
+            if y0 >= y1 or x0 >= x1:
+                continue
+            part, count = slice(y0 - top, y1 - top), (y1 - y0) * (right - left)
+            _weights(shape.row(dx, dy), index[part].view(-1), fraction[part].view(-1), weight[:count], spare[:count])
+            plane = weight[:count].view(y1 - y0, right - left)[:, x0 - left : x1 - left]
+            part = (slice(y0, y1), slice(x0, x1))
+            if tilt is not None:
+                plane *= 1 + dx * tilt[0][part] + dy * tilt[1][part]
+            if barrel is not None:
+                plane *= barrel.share(dx, dy, part)
+            there = (slice(None), slice(y0 - rows, y1 - rows), slice(x0 - cols, x1 - cols))
+            if moments:
+                c = len(source)
+                out[:c][there].addcmul_(source[:, y0:y1, x0:x1], plane, value=-dx)
+                out[c:][there].addcmul_(source[:, y0:y1, x0:x1], plane, value=-dy)
+            else:
+                out[there].addcmul_(source[:, y0:y1, x0:x1], plane)

@@ -59,14 +59,10 @@ class DepthClip:
         self.metric = unit != "relative"
         if far_is_bright and self.metric:
             raise BokehError(f"Depth in {unit} says by itself what is near; leave far-is-bright out.")
-        if len(self.source) != frames and not self.source.is_picture:
-            raise BokehError(
-                f"{path} has {len(self.source)} depth maps for {frames} frame{'s' * (frames > 1)}; "
-                "expected one for each, or a single picture for all."
-            )
+        _check_count(self.source, frames, "depth maps")
         if self.metric and not self.source.holds_floats():
             raise BokehError(f"{path}: depth in {unit} needs a file of floats (EXR or .npy); this one holds integers, so its unit is lost.")
-        self.note = self._check_shape()
+        self.note = _check_shape(self.source, size, "depth map")
         self._still = None
         self.span = (0.0, 0.0)
         self._measure(progress)
@@ -79,17 +75,6 @@ class DepthClip:
         low, high = self.span
         for disparity in self._raw():
             yield low + high - disparity if self.far_is_bright else disparity
-
-    def _check_shape(self) -> str:
-        (height, width), (h, w) = self.size, self.source.size
-        if (h, w) == (height, width):
-            return ""
-        if abs((w / h) / (width / height) - 1) > 0.02:
-            raise BokehError(
-                f"{self.path}: the depth map is {w} x {h} but the picture is {width} x {height}, another shape; "
-                "expected the same view, so crop or turn one of them."
-            )
-        return f"the depth map is {w} x {h} and was resized to the picture's {width} x {height}."
 
     def _raw(self) -> Iterator[torch.Tensor]:
         if self._still is not None:
@@ -121,7 +106,7 @@ class DepthClip:
         return plane
 
     def _measure(self, progress: Progress) -> None:
-        chosen = {round(i * (self.frames - 1) / max(1, SAMPLES - 1)) for i in range(SAMPLES)}
+        chosen = _sampled(self.frames)
         low, high, samples = float("inf"), float("-inf"), []
         for index, disparity in enumerate(self._raw()):
             a, b = map(float, disparity.aminmax())
@@ -141,6 +126,101 @@ class DepthClip:
         self.samples = torch.stack([self.span[0] + self.span[1] - s if self.far_is_bright else s for s in samples])
 
 
+class MatteClip:
+    """The matte of a clip, frame by frame: where the subject is, 1, and how much of a pixel it covers along its edge.
+
+    path, frames, size, progress: see DepthClip
+
+    samples  [S, H, W] of the frames that DepthClip samples, or the single matte of all frames
+    note     a sentence for the user, or empty
+
+    Raises BokehError for wrong counts, another shape, values that are not 0..1.
+    """
+
+    def __init__(self, path: str | Path, frames: int, size: tuple[int, int], progress: Progress = None):
+        self.source, self.frames, self.size = open_clip(path), frames, size
+        _check_count(self.source, frames, "mattes")
+        self.note = _check_shape(self.source, size, "matte")
+        chosen, samples = _sampled(len(self.source)), []
+        for index, matte in enumerate(self._read()):
+            if index in chosen:
+                samples.append(matte)
+            if progress:
+                progress(index + 1, len(self.source))
+        self.samples = torch.stack(samples)
+
+    def __len__(self) -> int:
+        return self.frames
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """[H, W] float32 0..1 at the frames' size, one per frame."""
+        if self.source.is_picture:
+            return itertools.repeat(self.samples[0], self.frames)
+        return self._read()
+
+    def _read(self) -> Iterator[torch.Tensor]:
+        for index, matte in enumerate(self.source.planes("matte")):
+            where = f"{self.source.path}" if self.source.is_picture else f"{self.source.path}, frame {index}"
+            if tuple(matte.shape) != self.source.size:
+                raise BokehError(f"{where}: this matte has another size than the first; expected one size for the clip.")
+            if not bool(((matte >= -1e-3) & (matte <= 1.001)).all()):
+                raise BokehError(f"{where}: the matte holds values that are not from 0 (surroundings) to 1 (subject); scale or repair it.")
+            yield fit_disparity(matte[None], 1, *self.size)[0]
+
+
+def _check_count(source: Frames | VideoFile, frames: int, what: str) -> None:
+    if len(source) != frames and not source.is_picture:
+        raise BokehError(
+            f"{source.path} has {len(source)} {what} for {frames} frame{'s' * (frames > 1)}; "
+            "expected one for each, or a single picture for all."
+        )
+
+
+def _check_shape(source: Frames | VideoFile, size: tuple[int, int], what: str) -> str:
+    """A sentence when the maps of `source` must be resized to the frames' size (height, width)."""
+    (height, width), (h, w) = size, source.size
+    if (h, w) == (height, width):
+        return ""
+    if abs((w / h) / (width / height) - 1) > 0.02:
+        raise BokehError(
+            f"{source.path}: the {what} is {w} x {h} but the picture is {width} x {height}, another shape; "
+            "expected the same view, so crop or turn one of them."
+        )
+    return f"the {what} is {w} x {h} and was resized to the picture's {width} x {height}."
+
+
+def _sampled(frames: int) -> set[int]:
+    """Numbers of the frames that stand for a whole clip."""
+    return {round(i * (frames - 1) / max(1, SAMPLES - 1)) for i in range(SAMPLES)}
+
+
+class PlateClip:
+    """The clean plate of a clip: the scene without its subject, frame by frame.
+
+    path     picture (serves every frame), folder or video, of exactly the frames' size
+    convert  brings a Picture of it to the light of the frames
+
+    Raises BokehError for wrong counts and sizes.
+    """
+
+    def __init__(self, path: str | Path, frames: int, size: tuple[int, int], convert: Callable[[Picture], Picture]):
+        self.source, self.frames, self.size, self.convert = open_clip(path), frames, size, convert
+        _check_count(self.source, frames, "clean plates")
+        if self.source.size != size:
+            (height, width), (h, w) = size, self.source.size
+            raise BokehError(f"{path}: the clean plate is {w} x {h} but the picture is {width} x {height}; expected the same size.")
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """[3, H, W] one per frame, in the light of the frames."""
+        for index, picture in enumerate(self.source):
+            pixels = self.convert(picture).pixels
+            if tuple(pixels.shape[1:]) != self.size:
+                raise BokehError(
+                    f"{self.source.path}: clean plate {index} has another size than the first; expected one size for the clip."
+                )
+            yield from itertools.repeat(pixels, self.frames) if self.source.is_picture else (pixels,)
+
+
 def render_frames(
     clip: Frames | VideoFile,
     depth: DepthClip,
@@ -150,25 +230,36 @@ def render_frames(
     *,
     linear: bool,
     quality: str = "fast",
+    matte: MatteClip | None = None,
+    plate: PlateClip | None = None,
     progress: Progress = None,
 ) -> Iterator[Picture]:
     """The frames of `clip` with depth of field, in order; only one chunk is in memory at a time.
 
     focus, k   [frames] one focus disparity and one blur radius per unit of disparity for each frame
     linear     the clip's pixels are linear light; the result is in the same light
+    matte, plate  see MatteClip, PlateClip; made for this clip
     progress   called as progress(frames done, frames)
     """
-    cuts = shot_cuts(depth.samples, float(k.abs().max()))
+    cuts = shot_cuts(depth.samples, float(k.abs().max()), None if matte is None else matte.samples)
+    beside = (itertools.repeat(None, len(clip)) if one is None else one for one in (matte, plate))
     done = 0
-    for chunk in chunks(zip(clip, depth, strict=True), chunk_length(*clip.size)):
+    for chunk in chunks(zip(clip, depth, *beside, strict=True), chunk_length(*clip.size)):
         here = slice(done, done + len(chunk))
-        for number, (picture, _) in enumerate(chunk, start=done):
+        pictures, disparities, mattes, plates = zip(*chunk, strict=True)
+        for number, picture in enumerate(pictures, start=done):
             if tuple(picture.pixels.shape[1:]) != clip.size:
                 raise BokehError(f"{clip.path}: frame {number} has another size than the first; expected one size for the clip.")
-        defocus = Defocus(torch.stack([d for _, d in chunk]), focus[here], k[here], lens, depth.metric)
-        image = torch.stack([picture.pixels for picture, _ in chunk])
-        step = (lambda n, _, before=done: progress(before + n, len(clip))) if progress else None
-        result = render(image, defocus, linear=linear, quality=quality, cuts=cuts, progress=step)
-        for (picture, _), pixels in zip(chunk, result, strict=True):
+        result = render(
+            torch.stack([picture.pixels for picture in pictures]),
+            Defocus(torch.stack(disparities), focus[here], k[here], lens, depth.metric),
+            linear=linear,
+            quality=quality,
+            matte=None if matte is None else torch.stack(mattes),
+            clean_plate=None if plate is None else torch.stack(plates),
+            cuts=cuts,
+            progress=(lambda n, _, before=done: progress(before + n, len(clip))) if progress else None,
+        )
+        for picture, pixels in zip(pictures, result, strict=True):
             yield replace(picture, pixels=pixels)
         done += len(chunk)

@@ -1,5 +1,7 @@
 """The command line: exact results through files, and one sentence for every kind of bad input."""
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -14,8 +16,8 @@ from PIL import Image
 from bokeh_core import __version__, cli, media
 from bokeh_core.media import Picture, read_picture, write_picture
 from bokeh_core.optics.defocus import Defocus
-from bokeh_core.optics.lens import Lens
-from bokeh_core.render import render
+from bokeh_core.optics.lens import Aperture, Lens
+from bokeh_core.render import render, shot_cuts
 from bokeh_core.video.clips import open_clip
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,10 +48,10 @@ def bokeh(*words):
     return cli.main([str(word) for word in words])
 
 
-def expected(pixels, disparity, focus, k, linear=False):
+def expected(pixels, disparity, focus, k, linear=False, lens=None, **extra):
     """The library called directly."""
     d = torch.as_tensor(disparity)[None]
-    return render(pixels[None], Defocus(d, torch.tensor([focus]), torch.tensor([k]), Lens(), False), linear=linear)[0]
+    return render(pixels[None], Defocus(d, torch.tensor([focus]), torch.tensor([k]), lens or Lens(), False), linear=linear, **extra)[0]
 
 
 def refused(capsys, before, *words):
@@ -79,13 +81,18 @@ def run_command(*words, cwd):
 def test_help_and_version(here):
     start = time.perf_counter()
     result = run_command("--help", cwd=here)
-    assert result.returncode == 0 and "render" in result.stdout and "demo" in result.stdout and result.stderr == ""
+    assert result.returncode == 0 and result.stderr == ""
+    assert all(command in result.stdout for command in ("demo", "render", "synthesize", "judge"))
     assert time.perf_counter() - start < 2
     result = run_command("render", "-h", cwd=here)
     for flag in "--focus --focus-mask --focus-disparity --focus-track --focus-each-frame --strength --k --f-number".split():
         assert flag in result.stdout
     for flag in "--focal-length --sensor-width --focus-distance --exif --linear --depth-far-is-bright --depth-unit --overlay".split():
         assert flag in result.stdout
+    for flag in "--matte --clean-plate --blades --blade-rotation --cats-eye --aperture-picture --highlights".split():
+        assert flag in result.stdout
+    for command in ("synthesize", "judge"):
+        assert "OUT" in run_command(command, "-h", cwd=here).stdout.upper()
     assert run_command("--version", cwd=here).stdout == f"bokeh {__version__}\n"
 
 
@@ -362,6 +369,232 @@ def test_interrupt_leaves_nothing(clip, monkeypatch, capsys, output):
     assert sorted(os.listdir()) == before and "Traceback" not in capsys.readouterr().err
 
 
+# Matte, clean plate and looks
+
+
+def near():
+    """A soft matte of the near square of depth()."""
+    m = np.zeros((HEIGHT, WIDTH), np.float32)
+    m[9:31, 19:41] = 0.4
+    m[10:30, 20:40] = 1
+    return m
+
+
+def test_matte_and_clean_plate_reach_the_renderer(here):
+    np.save("photo.npy", array8().astype(np.float32) / 255)
+    np.save("plate.npy", array8(7).astype(np.float32) / 255)
+    np.save("matte.npy", near())
+    Image.fromarray(np.round(near() * 255).astype(np.uint8)).save("matte.png")
+    words = ["render", "photo.npy", "--depth", "depth.npy", "--k", 12, "--focus-disparity", 0.2, "-o", "out.npy"]
+    pixels, plate = (torch.from_numpy(np.load(name)).permute(2, 0, 1) for name in ("photo.npy", "plate.npy"))
+    matte, plain = torch.from_numpy(near())[None], expected(pixels, depth(), 0.2, 12.0)
+    for flags, extra in (
+        (["--matte", "matte.npy"], {"matte": matte}),
+        (["--matte", "matte.png"], {"matte": (matte * 255).round() / 255}),
+        (["--clean-plate", "plate.npy"], {"clean_plate": plate[None]}),
+        (["--matte", "matte.npy", "--clean-plate", "plate.npy"], {"matte": matte, "clean_plate": plate[None]}),
+    ):
+        assert bokeh(*words, *flags) == 0
+        want = expected(pixels, depth(), 0.2, 12.0, **extra)
+        assert not torch.allclose(want, plain, atol=1e-3)
+        assert np.array_equal(np.load("out.npy"), want.permute(1, 2, 0).numpy())
+
+
+def test_clean_plate_light(here):
+    """An EXR plate is linear light, a PNG plate is not; both are brought to the light of the picture."""
+    write_picture("plate.png", Picture(torch.full((3, HEIGHT, WIDTH), 0.75)), 16)
+    linear = ((read_picture("plate.png").pixels + 0.055) / 1.055) ** 2.4
+    write_picture("plate.exr", Picture(linear), 32)
+    for photo in ("photo.png", "photo.exr"):
+        write_picture("photo.exr", Picture(((read_picture("photo.png").pixels + 0.055) / 1.055) ** 2.4), 32)
+        results = []
+        for plate in ("plate.png", "plate.exr"):
+            out = f"out_{plate[-3:]}{photo[-4:]}"
+            words = ["--matte", "matte.png", "--clean-plate", plate, "--k", 12, "--focus-disparity", 0.2, "-o", out]
+            Image.fromarray(np.round(near() * 255).astype(np.uint8)).save("matte.png")
+            assert bokeh("render", photo, "--depth", "depth.npy", *words) == 0
+            results.append(read_picture(out).pixels)
+        assert (results[0] - results[1]).abs().max() < 2 / 255
+
+
+def test_mattes_and_plates_of_a_clip(clip, monkeypatch):
+    """One per frame in order, or one for all; the layers are cut with the mattes of the clip."""
+    import bokeh_core.video.streaming as streaming
+
+    for folder in ("mattes", "plates"):
+        Path(folder).mkdir()
+    for i in range(3):
+        Image.fromarray(np.roll(np.round(near() * 255).astype(np.uint8), i, 1)).save(f"mattes/{i}.png")
+        Image.fromarray(array8(20 + i)).save(f"plates/{i}.png")
+    seen = []
+    monkeypatch.setattr(streaming, "shot_cuts", lambda *words: seen.append(words) or shot_cuts(*words))
+    words = ["render", "frames", "--depth", "disparity", "--k", 12, "--focus-disparity", 0.2]
+    assert bokeh(*words, "--matte", "mattes", "--clean-plate", "plates", "-o", "out") == 0
+    (samples, k, mattes), *_ = seen
+    assert samples.shape == mattes.shape == (3, HEIGHT, WIDTH) and k == 12
+    assert torch.equal(mattes[2] > 0.75, torch.from_numpy(np.roll(near(), 2, 1) > 0.75))
+    monkeypatch.setattr(streaming, "chunk_length", lambda *_: 1)
+    assert bokeh(*words, "--matte", "mattes", "--clean-plate", "plates", "-o", "slow") == 0
+    assert bokeh(*words, "--matte", "mattes/0.png", "--clean-plate", "plates/0.png", "-o", "still") == 0
+    cuts = shot_cuts(samples, k, mattes)
+    for i in range(3):
+        matte, plate = read_picture(f"mattes/{i}.png").pixels[:1], read_picture(f"plates/{i}.png").pixels[None]
+        pixels, disparity = read_picture(f"frames/f_{i}.png").pixels, read_picture(f"disparity/d_{i}.png").pixels[0]
+        want = expected(pixels, disparity, 0.2, 12.0, matte=matte, clean_plate=plate, cuts=cuts)
+        assert (read_picture(f"out/f_{i}.png").pixels - want.clamp(0, 1)).abs().max() <= 0.51 / 255
+        assert Path(f"out/f_{i}.png").read_bytes() == Path(f"slow/f_{i}.png").read_bytes()
+        assert (Path(f"out/f_{i}.png").read_bytes() == Path(f"still/f_{i}.png").read_bytes()) == (i == 0)
+
+
+def test_matte_of_another_size_is_resized_with_a_note(here, capsys):
+    np.save("half.npy", near()[::2, ::2])
+    assert bokeh("render", "photo.png", "--depth", "depth.npy", "--matte", "half.npy", "-o", "out.png") == 0
+    assert capsys.readouterr().err == "note: the matte is 28 x 20 and was resized to the picture's 56 x 40.\n"
+
+
+def test_every_look_has_a_flag():
+    assert set(cli.LOOKS) | {"picture"} == {field.name for field in dataclasses.fields(Aperture)}
+    assert set(cli.LIGHTS) <= {field.name for field in dataclasses.fields(Lens)}
+
+
+LOOKS = {
+    "--blades": ("blades", 6),
+    "--blade-rotation": ("rotation", 15.0),
+    "--roundness": ("roundness", 0.25),
+    "--anamorphic": ("anamorphic", 1.5),
+    "--cats-eye": ("cats_eye", 0.5),
+    "--spherical": ("spherical", -0.5),
+    "--onion": ("onion", 0.3),
+    "--chromatic-longitudinal": ("chromatic_longitudinal", 0.7),
+    "--chromatic-lateral": ("chromatic_lateral", -0.2),
+}
+
+
+def lens_of(monkeypatch, *words):
+    """The lens that reaches the renderer."""
+    import bokeh_core.video.streaming as streaming
+
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "render", lambda image, defocus, **_: seen.append(defocus.lens) or image)
+        assert bokeh("render", "photo.png", "--depth", "depth.npy", *words, "-o", "out.png") == 0
+    return seen[0]
+
+
+def test_looks_reach_the_lens(here, monkeypatch):
+    assert lens_of(monkeypatch) == Lens()
+    for flag, (name, value) in LOOKS.items():
+        assert lens_of(monkeypatch, flag, value) == Lens(aperture=Aperture(**{name: value}))
+    everything = [word for flag, (_, value) in LOOKS.items() for word in (flag, value)]
+    aperture = Aperture(**dict(LOOKS.values()))
+    lights = ["--highlights", 4, "--highlight-threshold", 0.8]
+    assert lens_of(monkeypatch, *everything, *lights, "--strength", 9) == Lens(
+        strength=9.0, aperture=aperture, highlights=4.0, highlight_threshold=0.8
+    )
+    real = ["--depth-unit", "disparity", "--f-number", 2, "--focal-length", 50, "--focus-distance", 3]
+    assert lens_of(monkeypatch, *everything, *lights, *real) == Lens(
+        f_number=2.0, focal_length=50.0, focus_distance=3.0, aperture=aperture, highlights=4.0, highlight_threshold=0.8
+    )
+    np.save("heart.npy", near())
+    found = lens_of(monkeypatch, "--aperture-picture", "heart.npy").aperture
+    assert torch.equal(found.picture, torch.from_numpy(near())) and found.blades == 0
+
+
+def test_exif_lens_keeps_the_looks(here, monkeypatch):
+    exif = Image.Exif()
+    exif[0x8769] = {0x829D: 2.0, 0x920A: 50.0, 0xA405: 50}
+    Image.fromarray(array8()).save("photo.png", exif=exif)
+    lens = lens_of(monkeypatch, "--exif", "--depth-unit", "disparity", "--blades", 7, "--highlights", 2)
+    assert (lens.f_number, lens.focal_length, lens.aperture, lens.highlights) == (2.0, 50.0, Aperture(blades=7), 2.0)
+
+
+def test_a_look_changes_the_picture_as_the_library_does(here):
+    np.save("photo.npy", array8().astype(np.float32) / 255)
+    words = ["render", "photo.npy", "--depth", "depth.npy", "--k", 12, "--focus-disparity", 0.8, "-o", "out.npy"]
+    assert bokeh(*words, "--anamorphic", 3, "--highlights", 5) == 0
+    pixels = torch.from_numpy(np.load("photo.npy")).permute(2, 0, 1)
+    want = expected(pixels, depth(), 0.8, 12.0, lens=Lens(aperture=Aperture(anamorphic=3.0), highlights=5.0))
+    assert np.array_equal(np.load("out.npy"), want.permute(1, 2, 0).numpy())
+    assert not torch.allclose(want, expected(pixels, depth(), 0.8, 12.0), atol=1e-3)
+
+
+# Synthesis and judging
+
+SMALL = ["--size", 64, "--rays", 4, "--k", "8"]
+
+
+def test_synthesize_and_go_on(here, capsys):
+    from bokeh_core.synthesis.dataset import read_case
+
+    assert bokeh("synthesize", "cases", "--count", 2, *SMALL, "--seed", 5, "--kinds", "plane,portrait") == 0
+    assert capsys.readouterr().out == "cases\n"
+    names = ["000000.json", "000000.npz", "000001.json", "000001.npz", "dataset.json"]
+    assert sorted(os.listdir("cases")) == names
+    case = read_case("cases/000001.npz")
+    assert (case["kind"], case["seed"], case["k_px"], case["rays"], case["image_linear"].shape) == ("portrait", 6, 8.0, 4, (64, 64, 3))
+    before = {name: Path("cases", name).stat().st_mtime_ns for name in names}
+    assert bokeh("synthesize", "cases", "--count", 3, *SMALL, "--seed", 5, "--kinds", "plane,portrait", "--workers", 2) == 0
+    assert len(os.listdir("cases")) == 7 and all(Path("cases", name).stat().st_mtime_ns == t for name, t in before.items())
+
+
+def test_synthesize_uses_photos(here):
+    Path("photos").mkdir()
+    Image.fromarray(np.full((90, 90, 3), (250, 0, 0), np.uint8)).save("photos/red.png")
+    assert bokeh("synthesize", "cases", "--count", 1, *SMALL, "--kinds", "plane", "--photos", "photos") == 0
+    with np.load("cases/000000.npz") as file:
+        image = file["image_linear"]
+    assert np.median(image[..., 0]) > 0.9 and np.median(image[..., 1]) == 0
+
+
+def test_interrupted_synthesis_goes_on(here, capsys, monkeypatch):
+    from bokeh_core.synthesis import dataset
+
+    real, calls = dataset._write_case, []
+
+    def interrupted(*words):
+        calls.append(words)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(*words)
+
+    monkeypatch.setattr(dataset, "_write_case", interrupted)
+    words = ["synthesize", "cases", "--count", 2, *SMALL]
+    assert bokeh(*words) == 130
+    assert "goes on from there" in capsys.readouterr().err and Path("cases/000000.npz").exists()
+    assert bokeh(*words) == 0 and len(calls) == 3 and Path("cases/000001.json").exists()
+
+
+def test_judge_prints_and_writes_the_protocol(here, capsys, monkeypatch):
+    from functools import partial
+
+    from bokeh_core import judge
+
+    assert bokeh("synthesize", "cases", "--count", 1, *SMALL, "--kinds", "portrait") == 0
+    capsys.readouterr()
+    monkeypatch.setattr(judge, "judge_renderer", partial(judge.judge_renderer, clip_frames=2, clip_size=64, clip_rays=4))
+    assert bokeh("judge", "cases", "--inputs", "composite,layers", "-o", "report") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("# Quality fast, cases\n") and "true layers (ceiling)" in out and "+ matte" not in out
+    assert set(os.listdir("report")) >= {"judge.json", "judge.md", "radius.svg"}
+    report = json.loads(Path("report/judge.json").read_text())
+    assert list(report["cases"]) == ["000000"] and set(report["cases"]["000000"]["scores"]) == {"composite", "layers"}
+
+
+def test_judge_makes_its_own_scenes(here, capsys, monkeypatch):
+    from bokeh_core import judge, judge_report
+
+    asked = []
+    monkeypatch.setattr(judge, "judge_renderer", lambda renderer, cases, **options: asked.append((list(cases), options)) or {})
+    monkeypatch.setattr(judge, "measure_speed", lambda quality: [quality])
+    monkeypatch.setattr(judge_report, "markdown", lambda report, title: f"{title} {report}")
+    assert bokeh("judge") == bokeh("judge", "--seeds", "7", "--speed") == bokeh("judge", "--full") == 0
+    small, seven, full = (names for names, _ in asked)
+    assert len(small) == 18 and {name.split(", ")[1] for name in small} == {"seed 1", "seed 2"}
+    assert {name.split(", ")[1] for name in seven} == {"seed 7"} and len(full) == 72
+    assert {name.split(", ")[2] for name in full} == {"k 8", "k 16", "k 32", "k 64"}
+    assert "small seeded scenes {'speed': ['fast']}" in capsys.readouterr().out
+
+
 # Bad input
 
 PHOTO = ["render", "photo.png", "--depth", "depth.png"]
@@ -441,7 +674,7 @@ def make_bad_files():
         # options
         (PHOTO, "-o/--output"),
         (["render", "photo.png", "-o", "out.png"], "--depth"),
-        ([], "demo | render"),
+        ([], "demo | render | synthesize | judge"),
         (["fly"], "fly"),
         ([*PHOTO, "-o", "out.png", "--quality", "best"], "'best' is unknown"),
         ([*PHOTO, "-o", "out.png", "--focus", "3,3", "--focus-disparity", 0.5], "not allowed with"),
@@ -466,7 +699,49 @@ def make_bad_files():
         ([*PHOTO, "-o", "out.png", "--strength", "much"], "invalid float"),
         ([*PHOTO, "-o", "out.png", "--fps", 24], "--fps is for a video"),
         (["render", "three", "--depth", "depth.png", "-o", "out.mp4", "--fps", "1/0"], "--fps"),
+        # matte, plate, looks
+        ([*PHOTO, "-o", "out.png", "--matte", "nowhere.png"], "nowhere.png: no such file"),
+        ([*PHOTO, "-o", "out.png", "--matte", "three"], "3 mattes for 1 frame"),
+        (["render", "three", "--depth", "depth.png", "--matte", "two", "-o", "out.mp4"], "2 mattes for 3 frames"),
+        ([*PHOTO, "-o", "out.png", "--matte", "square.npy"], "the matte is 40 x 40 but the picture is 56 x 40"),
+        ([*PHOTO, "-o", "out.png", "--matte", "colour.png"], "in colour"),
+        ([*PHOTO, "-o", "out.png", "--matte", "nan.npy"], "not from 0"),
+        ([*PHOTO, "-o", "out.png", "--matte", "negative.npy"], "not from 0"),
+        (["render", "three", "--depth", "depth.png", "--matte", "mixed", "-o", "out.mp4"], "1.png is 56 x 39"),
+        ([*PHOTO, "--matte", "colour.png", "-o", "colour.png"], "is also --matte"),
+        ([*PHOTO, "-o", "out.png", "--clean-plate", "nowhere.png"], "nowhere.png: no such file"),
+        ([*PHOTO, "-o", "out.png", "--clean-plate", "square.npy"], "the clean plate is 40 x 40 but the picture is 56 x 40"),
+        ([*PHOTO, "-o", "out.png", "--clean-plate", "three"], "3 clean plates for 1 frame"),
+        ([*PHOTO, "-o", "out.png", "--clean-plate", "nan_photo.npy"], "NaN or infinite"),
+        ([*PHOTO, "--clean-plate", "colour.png", "-o", "colour.png"], "is also --clean-plate"),
+        ([*PHOTO, "-o", "out.png", "--blades", "six"], "--blades"),
+        ([*PHOTO, "-o", "out.png", "--blades", "-3"], "-3 blades"),
+        ([*PHOTO, "-o", "out.png", "--roundness", 2], "roundness is 2"),
+        ([*PHOTO, "-o", "out.png", "--spherical", "nan"], "spherical is nan"),
+        ([*PHOTO, "-o", "out.png", "--anamorphic", 0], "anamorphic is 0"),
+        ([*PHOTO, "-o", "out.png", "--highlights", "-1"], "highlight boost is -1"),
+        ([*PHOTO, "-o", "out.png", "--highlight-threshold", 1], "highlight threshold is 1"),
+        ([*PHOTO, "-o", "out.png", "--aperture-picture", "nowhere.png"], "nowhere.png: no such file"),
+        ([*PHOTO, "-o", "out.png", "--aperture-picture", "colour.png"], "in colour"),
+        ([*PHOTO, "-o", "out.png", "--aperture-picture", "negative.npy"], "aperture picture must hold"),
+        # other commands
         (["demo", "--width", 3], "--width is 3"),
+        (["synthesize", "cases"], "--count"),
+        (["synthesize", "cases", "--count", 0], "no whole number of 1 or more"),
+        (["synthesize", "cases", "--count", 1, "--seed", "-1"], "no whole number of 0 or more"),
+        (["synthesize", "cases", "--count", 1, "--kinds", "portrait,dog"], "dog"),
+        (["synthesize", "cases", "--count", 1, "--k", "8,wide"], "no list of numbers"),
+        (["synthesize", "cases", "--count", 1, "--size", 20], "at least 64 px"),
+        (["synthesize", "cases", "--count", 1, "--photos", "nowhere"], "--photos nowhere: no such folder"),
+        (["synthesize", "cases", "--count", 1, "--photos", "nothing"], "no PNG, JPEG or WebP"),
+        (["synthesize", "photo.png", "--count", 1], "photo.png is a file"),
+        (["judge", "nowhere"], "nowhere: no such folder"),
+        (["judge", "nothing"], "holds no cases"),
+        (["judge", "--quality", "best"], "'best' is unknown"),
+        (["judge", "--inputs", "guess"], "Unknown inputs ['guess']"),
+        (["judge", "--seeds", "1,x"], "no list of whole numbers"),
+        (["judge", "nothing", "--full"], "are for scenes made here"),
+        (["judge", "-o", "photo.png"], "photo.png is a file"),
         (["demo", "-o", "photo.png"], "expected a folder"),
     ],
 )

@@ -8,7 +8,8 @@ import torch
 
 from bokeh_core.errors import BokehError
 from bokeh_core.optics.lens import Aperture
-from bokeh_core.render.rays import AXIAL_SCALE, LATERAL_SCALE, trace, vogel_disk
+from bokeh_core.render.aperture import AXIAL_SCALE, LATERAL_SCALE
+from bokeh_core.render.rays import trace, vogel_disk
 from bokeh_core.render.scene import Layer, Scene
 
 

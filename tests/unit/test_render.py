@@ -231,7 +231,7 @@ def test_edge_alpha_recovers_coverage():
     jump = torch.nn.functional.max_pool2d((true[None, None] > 0.01).float(), 3, 1, 1)[0, 0] > 0
     found = edge_alpha(color, near, jump & (true < 1))
     error, middle = (found - true).abs(), (true > 0.25) & (true < 0.75)
-    assert float(error[middle].max()) < 0.06 and float(error.max()) < 0.18  # slivers below CERTAIN are rounded away on purpose
+    assert float(error[middle].mean()) < 0.05 and float(error[middle].max()) < 0.15 and float(error.max()) < 0.18  # slivers below CERTAIN are rounded away on purpose
     assert float((near.float() - true).abs().max()) > 0.45
 
 
