@@ -9,7 +9,7 @@ from ..errors import BokehError
 from ..optics.defocus import Defocus
 from ..optics.lens import Aperture
 from .aperture import colour_groups, kernel, magnify
-from .layering import build_scene, harden_edges, regrow, thresholds
+from .layering import build_scene, harden_edges, regrow, snap_to_colors, thresholds
 from .light import recover_highlights, to_display, to_linear
 from .rays import trace
 from .scatter import reached, scatter, scatter_moments
@@ -154,6 +154,7 @@ def render(
     rays: int = 1024,
     matte: torch.Tensor | None = None,
     clean_plate: torch.Tensor | None = None,
+    snap_edges: bool = False,
     cuts: list[float] | None = None,
     progress: Progress | None = None,
     device: torch.device | str | None = None,
@@ -167,6 +168,7 @@ def render(
     rays      per pixel, for "reference"
     matte     [B or 1, H, W] 0..1, 1 = the subject: its edge is believed more than the depth's
     clean_plate  [B or 1, 3, H, W] in the image's light: the scene without the subject (with a matte), or the farthest surroundings alone
+    snap_edges  move depth edges that are off by a few pixels to where the colours change (without a matte)
     cuts      layer thresholds shared by a whole shot (see shot_cuts); measured on this batch when not given
     progress  called as progress(frames done, frames), with fractions of a frame, after each tile of work; may raise to interrupt
     device    where to compute, one frame at a time; None = where the image is
@@ -230,7 +232,10 @@ def render(
             disparity = frame(defocus.disparity, i)
             source = recover_highlights(picture, defocus.lens, k[j] * (disparity - focus[j]))
             plate = None if clean_plate is None else light(clean_plate, i, "Clean plate")
-            scene = build_scene(source, harden_edges(disparity, k[j]), cuts, k[j], cover(i), plate)
+            disparity = harden_edges(disparity, k[j])
+            if snap_edges and matte is None:
+                disparity = snap_to_colors(source, disparity, cuts, k[j])
+            scene = build_scene(source, disparity, cuts, k[j], cover(i), plate, lambda: report(0.1))
             report(0.2)
             aperture = defocus.lens.aperture
             if quality == "reference":

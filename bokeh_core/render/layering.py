@@ -5,11 +5,12 @@ at a few thresholds, chosen to separate as many depth jumps as possible while cu
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from .fill import harmonic_fill
+from .fill import CYCLES, harmonic_fill
 from .scene import Layer, Scene
 
 MAX_LAYERS = 4
@@ -125,7 +126,7 @@ def edge_alpha(color: torch.Tensor, near: torch.Tensor, jump: torch.Tensor) -> t
         total = _box(weight[None], 3).clamp_min(1e-6)
         mean = _box(x * weight, 3) / total
         variance = (_box(x * x * weight, 3) / total - mean * mean).clamp_min(0).mean(0)
-        return harmonic_fill(x, weight), variance
+        return harmonic_fill(x, weight, cycles=0), variance
 
     behind, behind_var = side((1 - soft) ** 4)
     front, front_var = side(soft**4)
@@ -144,6 +145,40 @@ def edge_alpha(color: torch.Tensor, near: torch.Tensor, jump: torch.Tensor) -> t
 PRIOR, CONTRAST, RESIDUAL = 0.01, 3.0, 3.0
 CERTAIN = 0.13  # guessed coverage this close to 0 or 1 is rounded to it: a missed sliver shows less than a leaking background
 PURE = 0.1  # coverage this close to 0 or 1 says nothing of the other side
+
+
+SNAP_WINDOW = 8  # px around a pixel in which each side's colours are measured
+SNAP_EVIDENCE = 3.0  # how much likelier (log of the likelihood, twice) the other side's colours must be
+
+
+def snap_to_colors(color: torch.Tensor, disparity: torch.Tensor, cuts: list[float], k: float) -> torch.Tensor:
+    """Move misplaced depth edges to where the colours change: [H, W] disparity -> [H, W].
+
+    Pixels within 1/256 of the width of a depth jump are judged by the colours of the pixels farther in on either side (mean and variance
+    in a window): one that fits the other side clearly better takes its depth. Flat surroundings move, texture stays. Worth 1 to 8 dB
+    where depth is shrunk by 2 px, but costs up to 2 dB where it is exact and hair-fine: a matte is always better.
+
+    color [3, H, W] linear light; cuts and k as for `build_scene`.
+    """
+    x = color.clamp_min(0).sqrt()
+    reach = math.ceil(color.shape[-1] / 256)
+    for cut in cuts:
+        near = disparity > cut
+        band = _pool((_jump(disparity, k) & _beside(near)).to(color)[None, None], reach)[0, 0] > 0
+        fits, grown, known = [], [], band
+        for side in (near & ~band, ~near & ~band):
+            weight = side.to(color)
+            share = _box(weight[None], SNAP_WINDOW)
+            mean = _box(x * weight, SNAP_WINDOW) / share.clamp_min(1e-6)
+            variance = (_box(x * x * weight, SNAP_WINDOW) / share.clamp_min(1e-6) - mean * mean).clamp_min(0).mean(0) + 0.002
+            fits.append((x - mean).square().mean(0) / variance + variance.log())
+            grown.append(harmonic_fill(disparity[None], weight, cycles=0)[0])
+            known = known & (share[0] > 0.03)
+        evidence = _box(torch.where(known, fits[1] - fits[0], 0)[None], 1)[0]  # > 0: like the near side
+        far = near & known & (evidence < -SNAP_EVIDENCE)
+        forward = ~near & known & (evidence > SNAP_EVIDENCE)
+        disparity = torch.where(far, grown[1], torch.where(forward, grown[0], disparity))
+    return disparity
 
 
 BAND = 10  # px at widths up to 1024, in proportion above: depth this close to a matte's edge is not believed
@@ -175,6 +210,18 @@ def _label(disparity: torch.Tensor, cuts: list[float]) -> torch.Tensor:
     return sum((disparity > cut).long() for cut in cuts) + torch.zeros_like(disparity, dtype=torch.long)
 
 
+def _jump(disparity: torch.Tensor, k: float) -> torch.Tensor:
+    """[H, W] bool: pixels with a depth jump to one of their neighbours."""
+    padded = F.pad(disparity[None, None], (1, 1, 1, 1), mode="replicate")
+    return (F.max_pool2d(padded, 3, 1) + F.max_pool2d(-padded, 3, 1))[0, 0] * abs(k) > JUMP
+
+
+def _beside(mask: torch.Tensor) -> torch.Tensor:
+    """[H, W] bool: pixels next to a border of the mask, on both sides."""
+    m = mask[None, None].float()
+    return (F.max_pool2d(m, 3, 1, 1) + F.max_pool2d(1 - m, 3, 1, 1))[0, 0] > 1
+
+
 def build_scene(
     color: torch.Tensor,
     disparity: torch.Tensor,
@@ -182,6 +229,7 @@ def build_scene(
     k: float,
     matte: torch.Tensor | None = None,
     plate: torch.Tensor | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Scene:
     """Cut a picture into complete layers.
 
@@ -191,6 +239,7 @@ def build_scene(
     k          px of defocus per unit of disparity: says which disparity steps are silhouettes
     matte      [H, W] 0..1 coverage of a subject, to be believed more than depth; its edge is the silhouette
     plate      [3, H, W] linear light, the scene without the subject (true or inpainted): shown where something nearer hides the rest
+    check      called between steps; may raise to interrupt
 
     Silhouette pixels are split between the layers they mix. What a nearer layer hides is taken from the plate, or else continued smoothly
     from what is visible, in colour and in disparity; the farthest layer covers everything.
@@ -202,16 +251,15 @@ def build_scene(
     # Which layer the plate shows: the surroundings of the subject, or without a matte the farthest layer.
     uncovered = _label(around, cuts) if matte is not None else torch.full_like(label, int(label.min()))
     present = [i for i in range(len(cuts) + 1) if bool((label == i).any())]
-    padded = F.pad(disparity[None, None], (1, 1, 1, 1), mode="replicate")
-    spread = F.max_pool2d(padded, 3, 1) + F.max_pool2d(-padded, 3, 1)
-    jump = spread[0, 0] * abs(k) > JUMP
+    jump = _jump(disparity, k)
 
     # covered[n]: how much of a pixel the layers from present[n] forward take.
     covered = [torch.ones_like(disparity)]
     for index in present[1:]:
+        if check is not None:
+            check()
         near = label >= index
-        beside = F.max_pool2d(near[None, None].to(color), 3, 1, 1) + F.max_pool2d((~near)[None, None].to(color), 3, 1, 1) > 1
-        cover = edge_alpha(color, near, jump & beside[0, 0])
+        cover = edge_alpha(color, near, jump & _beside(near))
         if matte is not None:
             known = matte * (subject > cuts[index - 1]) + (1 - matte) * (around > cuts[index - 1])
             cover = torch.where(_pool(((matte > 0) & (matte < 1)).to(matte)[None, None], 1)[0, 0] > 0, known, cover)
@@ -221,20 +269,23 @@ def build_scene(
     layers: list[Layer] = []
     behind = color
     for n, index in enumerate(present):
+        if check is not None:
+            check()
         own = label == index
         mine, nearer = covered[n], torch.minimum(covered[n + 1], covered[n])
         visible = nearer < PURE
         front = ((color - (1 - mine) * behind) / mine.clamp_min(1e-3)).clamp_min(0) if n else color
         pure = own & visible & (mine > 1 - PURE)
         pure = pure if bool(pure.any()) else own
-        full = harmonic_fill(torch.cat([front, disparity[None]]), pure.to(color))
+        hides = n + 1 < len(present)  # nothing hides the nearest layer: what lies beyond its edge is never seen
+        full = harmonic_fill(torch.cat([front, disparity[None]]), pure.to(color), CYCLES if hides else 0)
         hidden = full[:3] if plate is None else torch.where(uncovered == index, plate, full[:3])
         shown = torch.where(visible & (mine > 0), front, hidden)
         depth = torch.where(own, disparity, full[3])
         if n == 0:
             alpha = torch.ones_like(disparity)
         else:
-            continues = harmonic_fill(own[None].to(color), (label <= index).to(color))[0] > 0.5
+            continues = harmonic_fill(own[None].to(color), (label <= index).to(color), cycles=1)[0] > 0.5
             alpha = torch.where(nearer < 0.5, (mine - nearer) / (1 - nearer), continues.to(color))
         layers.append(Layer(color=shown, alpha=alpha, disparity=depth))
         behind = shown if n == 0 else behind + alpha * (shown - behind)
