@@ -3,9 +3,10 @@
 from comfy_api.latest import ComfyExtension
 
 from .defocus import BokehDefocus, BokehFocusTrack, BokehLens
+from .inspect import BokehMeasure
 from .render import BokehRender
 
-NODES = [BokehLens, BokehFocusTrack, BokehDefocus, BokehRender]
+NODES = [BokehLens, BokehFocusTrack, BokehDefocus, BokehRender, BokehMeasure]
 
 
 class BokehExtension(ComfyExtension):

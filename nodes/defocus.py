@@ -7,9 +7,10 @@ from comfy_api.latest import io
 from ..bokeh_core.errors import BokehError
 from ..bokeh_core.optics import defocus as optics
 from ..bokeh_core.optics import focus as focusing
+from ..bokeh_core.optics.lens import Aperture
 from ..bokeh_core.optics.lens import Lens as CoreLens
 from . import host
-from .schema import Defocus, Depth, FocusTrack, Lens, choice, known, number, switch
+from .schema import Defocus, Depth, FocusTrack, Lens, choice, known, number, switch, whole
 
 STRENGTH, REAL_LENS = "strength", "real lens"
 
@@ -43,9 +44,13 @@ class BokehLens(io.ComfyNode):
             node_id="BokehLens",
             display_name="Choose Lens",
             category="bokeh/optics",
-            description="A lens for Set Focus and Blur: a plain blur strength, or a real one with f-number, focal length and sensor. "
+            description="A lens for Set Focus and Blur: a plain blur strength, or a real one with f-number, focal length and sensor, "
+            "and the look of its bokeh: blades, cat's eye, soap bubbles, colour fringes, bright lights. "
             "A real lens needs depth in metres (MoGe, a metric depth model, or a depth file in metres).",
-            search_aliases=["aperture", "f-number", "f-stop", "focal length", "camera", "sensor size", "bokeh", "depth of field"],
+            search_aliases=[
+                *("aperture", "f-number", "f-stop", "focal length", "camera", "sensor size", "bokeh", "depth of field"),
+                *("blades", "hexagon", "anamorphic", "cat's eye", "swirly bokeh", "soap bubble", "chromatic aberration", "highlights"),
+            ],
             inputs=[
                 choice(
                     "mode",
@@ -83,18 +88,127 @@ class BokehLens(io.ComfyNode):
                     "Real lens: metres from the camera to the plane of focus, used when focus is 'auto' and neither a focus track "
                     "nor a mask is connected. 0: focus on the subject found in the picture.",
                 ),
+                *_looks(),
+                known(
+                    io.Mask.Input,
+                    "aperture_picture",
+                    optional=True,
+                    tooltip="The shape of the aperture as a picture, white lets light through: hearts, stars, dirt on the glass. "
+                    "The circle that fits into it is used. Replaces blades and roundness. Load Image (as Mask) reads one from a file.",
+                ),
             ],
             outputs=[Lens.Output(display_name="lens", tooltip="Connect to Set Focus and Blur. It replaces that node's strength.")],
         )
 
     @classmethod
-    def execute(cls, mode, strength, f_number, focal_length, sensor, upright, sensor_width, focus_distance) -> io.NodeOutput:
+    def execute(
+        cls,
+        mode,
+        strength,
+        f_number,
+        focal_length,
+        sensor,
+        upright,
+        sensor_width,
+        focus_distance,
+        highlights=0.0,
+        highlight_threshold=0.9,
+        blade_rotation=0.0,
+        aperture_picture=None,
+        **looks,
+    ) -> io.NodeOutput:
+        if aperture_picture is not None:
+            shape = list(aperture_picture.shape)
+            aperture_picture = aperture_picture.reshape(-1, *shape[-2:])
+            if len(aperture_picture) != 1:
+                raise BokehError(f"The aperture picture has shape {shape}; expected one picture. Connect a single mask.")
+            aperture_picture = aperture_picture[0].float()
+        aperture = Aperture(rotation=blade_rotation, picture=aperture_picture, **looks)
+        shared = {"aperture": aperture, "highlights": highlights, "highlight_threshold": highlight_threshold}
         if mode == STRENGTH:
-            return io.NodeOutput(CoreLens(strength=strength))
+            return io.NodeOutput(CoreLens(strength=strength, **shared))
         width = sensor_width if SENSORS[sensor] is None else SENSORS[sensor][1 if upright else 0]
-        return io.NodeOutput(
-            CoreLens(f_number=f_number, focal_length=focal_length, sensor_width=width, focus_distance=focus_distance or None)
-        )
+        distance = focus_distance or None
+        return io.NodeOutput(CoreLens(f_number=f_number, focal_length=focal_length, sensor_width=width, focus_distance=distance, **shared))
+
+
+def _looks():
+    """Widgets of the bokeh's look. All but blade_rotation and the highlights are named as their fields of Aperture."""
+    rare = {"optional": True, "advanced": True}
+    return [
+        whole("blades", 0, 0, 24, 1, "Blades of the aperture: 5 to 9 give the polygons of stopped-down lenses. 0: round.", optional=True),
+        number(
+            "cats_eye",
+            0.0,
+            0.0,
+            1.0,
+            0.05,
+            "Bokeh balls narrow to lemons towards the corners, as in fast lenses wide open; they seem to swirl around the middle. "
+            "1: a corner keeps about two fifths of its ball.",
+            optional=True,
+        ),
+        number(
+            "highlights",
+            0.0,
+            0.0,
+            100.0,
+            0.5,
+            "Gives clipped lights their power back where they blur, so that lamps become bright balls, not grey ones. "
+            "How much brighter than white they were: 0 leaves them, 2 to 10 suits lamps at night. For photos; EXR has its own light.",
+            optional=True,
+        ),
+        number("blade_rotation", 0.0, -360.0, 360.0, 1.0, "Turns the polygon of the blades counter-clockwise, in degrees.", **rare),
+        number("roundness", 0.0, 0.0, 1.0, 0.05, "Curves the blades: 0 straight edges, 1 a full circle.", **rare),
+        number(
+            "anamorphic",
+            1.0,
+            0.25,
+            4.0,
+            0.05,
+            "Height over width of the bokeh balls. 1: round. 1.33 to 2: the tall ovals of anamorphic film lenses.",
+            **rare,
+        ),
+        number(
+            "spherical",
+            0.0,
+            -1.0,
+            1.0,
+            0.05,
+            "Spherical aberration. Above 0: soap bubbles with a bright rim behind the focus, soft balls in front of it. "
+            "Below 0: creamy behind the focus, rims in front.",
+            **rare,
+        ),
+        number("onion", 0.0, 0.0, 1.0, 0.05, "Onion rings inside the bokeh balls, as moulded aspherical glass makes them.", **rare),
+        number(
+            "chromatic_longitudinal",
+            0.0,
+            -1.0,
+            1.0,
+            0.05,
+            "Colour fringes of blurred edges that change sides at the focus: above 0 red rims in front of it, blue ones behind. "
+            "Below 0: the reverse.",
+            **rare,
+        ),
+        number(
+            "chromatic_lateral",
+            0.0,
+            -1.0,
+            1.0,
+            0.05,
+            "Colour fringes that grow towards the corners, sharp parts included: red is magnified, blue shrunk, by up to half a percent. "
+            "Below 0: the reverse.",
+            **rare,
+        ),
+        number(
+            "highlight_threshold",
+            0.9,
+            0.0,
+            0.99,
+            0.01,
+            "Brightness of the picture, 0 to 1, from which highlights counts a light as clipped.",
+            **rare,
+        ),
+    ]
 
 
 class BokehFocusTrack(io.ComfyNode):

@@ -25,9 +25,9 @@ def progress():
     """A progress callback for bokeh_core that moves the node's bar and raises when the user interrupts."""
     bar = ProgressBar(1)
 
-    def step(done: int, total: int) -> None:
+    def step(done: float, total: int) -> None:
         model_management.throw_exception_if_processing_interrupted()  # the bar alone checks too rarely: its updates are throttled
-        bar.update_absolute(done, total)
+        bar.update_absolute(round(done * 100), total * 100)  # parts of a frame count
 
     return step
 

@@ -3,9 +3,10 @@
 from comfy_api.latest import io
 
 from ..bokeh_core.errors import BokehError
+from ..bokeh_core.optics.defocus import fit_disparity
 from ..bokeh_core.render import QUALITIES, render
 from . import host
-from .schema import Defocus, choice, known, switch
+from .schema import Defocus, choice, known, switch, whole
 
 BYTES_PER_PIXEL = 1000  # working memory of one frame, measured generously
 
@@ -26,7 +27,12 @@ class BokehRender(io.ComfyNode):
             inputs=[
                 known(io.Image.Input, "image", tooltip="The sharp photo or the frames of a clip. Alpha, if any, is kept as it is."),
                 known(Defocus.Input, "defocus", tooltip="Depth, focus and blur strength from the node Set Focus and Blur."),
-                choice("quality", QUALITIES, "fast: scattered disks over ordered depth layers, in linear light."),
+                choice(
+                    "quality",
+                    QUALITIES,
+                    "fast: disks scattered over ordered depth layers; for everyday use. "
+                    "reference: rays through the aperture across the same layers; exact, and very much slower.",
+                ),
                 switch(
                     "linear",
                     "linear light",
@@ -34,12 +40,46 @@ class BokehRender(io.ComfyNode):
                     "What the numbers of the image mean. Photos and videos: display (sRGB). "
                     "Linear light, as from EXR files or 3D renders, comes out linear again; values above 1 survive.",
                 ),
+                known(
+                    io.Mask.Input,
+                    "matte",
+                    optional=True,
+                    tooltip="The subject, white, with soft edges where hair or fur covers part of a pixel: one matte or one per frame, any "
+                    "size. Its edge is believed more than the depth's. Wherever it is in depth; it need not be in focus.",
+                ),
+                known(
+                    io.Image.Input,
+                    "clean_plate",
+                    optional=True,
+                    tooltip="The scene without the subject, of the image's size: shot, or inpainted. Shows through where the subject "
+                    "blurs. One plate or one per frame. Without a matte it stands for the farthest layer alone.",
+                ),
+                whole(
+                    "rays",
+                    1024,
+                    64,
+                    4096,
+                    64,
+                    "Used by quality 'reference': rays per pixel. Fewer are quicker and grainier.",
+                    optional=True,
+                    advanced=True,
+                ),
+                switch(
+                    "snap_edges",
+                    "at the colours",
+                    "as in the depth",
+                    "Where silhouettes are. At the colours: depth edges that are off by a few pixels move to where the colours change, for "
+                    "soft or misplaced depth maps without a matte. With a matte this does nothing.",
+                    optional=True,
+                ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The image with bokeh, of the same size.")],
         )
 
     @classmethod
-    def execute(cls, image, defocus, quality=QUALITIES[0], linear=False) -> io.NodeOutput:
+    def execute(
+        cls, image, defocus, quality=QUALITIES[0], linear=False, matte=None, clean_plate=None, rays=1024, snap_edges=False
+    ) -> io.NodeOutput:
         frames, (_, height, width, channels) = len(image), image.shape
         steps = len(defocus.focus)
         if frames != steps and 1 not in (frames, steps):
@@ -49,6 +89,19 @@ class BokehRender(io.ComfyNode):
             )
         if channels not in (3, 4):
             raise BokehError(f"The image has {channels} channels; expected 3 (RGB) or 4 (RGB and alpha).")
+        if matte is not None:
+            matte = matte.reshape(-1, *matte.shape[-2:])
+            _check_count("matte", matte, frames)
+            matte = fit_disparity(matte.float(), len(matte), height, width)
+        if clean_plate is not None:
+            _check_count("clean plate", clean_plate, frames)
+            plates_height, plates_width = clean_plate.shape[1:3]
+            if (plates_height, plates_width) != (height, width):
+                raise BokehError(
+                    f"The clean plate is {plates_width}x{plates_height} px and the image {width}x{height} px; expected the same view "
+                    "at the same size. Scale or crop the plate."
+                )
+            clean_plate = clean_plate[..., :3].movedim(-1, 1)
         host.make_room(height * width * BYTES_PER_PIXEL)
         result = image.new_empty((max(frames, steps), height, width, channels), device=host.output_device())
         result[..., 3:] = image[..., 3:]
@@ -57,8 +110,17 @@ class BokehRender(io.ComfyNode):
             defocus,
             linear=linear,
             quality=quality,
+            rays=rays,
+            matte=matte,
+            clean_plate=clean_plate,
+            snap_edges=snap_edges,
             progress=host.progress(),
             device=host.compute_device(),
             out=result[..., :3].movedim(-1, 1),
         )
         return io.NodeOutput(result)
+
+
+def _check_count(name, batch, frames):
+    if len(batch) not in (1, frames):
+        raise BokehError(f"The {name} has {len(batch)} frames and the image {frames}; connect one for all frames, or one for each.")

@@ -22,9 +22,14 @@ def known(make, *args, **keywords):
     return make(*args, **{name: value for name, value in keywords.items() if name in accepted})
 
 
-def number(id, default, low, high, step, tooltip):
+def number(id, default, low, high, step, tooltip, **more):
     """A FLOAT widget; typed values keep three decimals whatever the step of its arrows."""
-    return known(io.Float.Input, id, default=default, min=low, max=high, step=step, round=0.001, tooltip=tooltip)
+    return known(io.Float.Input, id, default=default, min=low, max=high, step=step, round=0.001, tooltip=tooltip, **more)
+
+
+def whole(id, default, low, high, step, tooltip, **more):
+    """An INT widget."""
+    return known(io.Int.Input, id, default=default, min=low, max=high, step=step, tooltip=tooltip, **more)
 
 
 def choice(id, options, tooltip):
@@ -32,6 +37,6 @@ def choice(id, options, tooltip):
     return known(io.Combo.Input, id, options=list(options), default=next(iter(options)), tooltip=tooltip)
 
 
-def switch(id, on, off, tooltip):
+def switch(id, on, off, tooltip, **more):
     """A BOOLEAN widget, off by default, with words for both states."""
-    return known(io.Boolean.Input, id, default=False, label_on=on, label_off=off, tooltip=tooltip)
+    return known(io.Boolean.Input, id, default=False, label_on=on, label_off=off, tooltip=tooltip, **more)

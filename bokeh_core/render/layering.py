@@ -191,14 +191,16 @@ def regrow(disparity: torch.Tensor, matte: torch.Tensor) -> tuple[torch.Tensor, 
 
     Depth maps are wrong by a few pixels along silhouettes, a matte is not. So both sides are grown again over the band within BAND px of
     the matte's edge from what lies farther in (RENDERERS.md, section 0, point 4). In the band a pixel keeps its own depth only if that
-    fits its side of the matte better than the other side. A side with nothing beyond the band counts as it is.
+    fits its side of the matte better than the other side. Where a side is thinner than the band, the band narrows.
     """
     width = disparity.shape[-1]
     band = max(BAND, math.ceil(BAND * width / 1024))
     m = matte[None, None]
     grown = []
     for inside in (m, 1 - m):
-        core = _pool((inside < 1 - PURE).to(m), band)[0, 0] == 0
+        reach = band
+        while not bool((core := _pool((inside < 1 - PURE).to(m), reach)[0, 0] == 0).any()) and reach > 1:
+            reach //= 2  # thin subjects have no middle that far from their edge
         core = core if bool(core.any()) else inside[0, 0] > 0.5
         grown.append(harmonic_fill(disparity[None], core.to(disparity))[0])
     subject, around = grown

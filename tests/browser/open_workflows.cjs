@@ -1,11 +1,12 @@
 // Opens ComfyUI's front end in headless Chromium, loads each workflow as if a user dropped its file on the canvas, and runs it.
-// node open_workflows.cjs URL CHROMIUM PROFILE_FOLDER WORKFLOW.json ...
-// Prints one JSON object: what the front end made of each workflow, and every error on the console.
+// node open_workflows.cjs URL CHROMIUM PROFILE_FOLDER RENDERER WORKFLOW.json ...
+// RENDERER: classic (canvas) or vue (Nodes 2.0). Prints one JSON object: whether the front end has that renderer, what it made of each
+// workflow, what Measure Against Truth showed beside photo_physical, and every error on the console.
 const fs = require("fs")
 const path = require("path")
 const { chromium } = require("playwright-core")
 
-const [url, executablePath, profile, ...files] = process.argv.slice(2)
+const [url, executablePath, profile, renderer, ...files] = process.argv.slice(2)
 const args = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
 
 async function open(page, file) {
@@ -36,6 +37,43 @@ async function run(page) {
   )
 }
 
+// False when the front end does not know Nodes 2.0.
+async function choose(page, vue) {
+  return page.evaluate(async (vue) => {
+    const settings = app.extensionManager.setting
+    if (settings.get("Comfy.VueNodes.Enabled") === undefined) return !vue
+    await settings.set("Comfy.VueNodes.Enabled", vue)
+    return true
+  }, vue)
+}
+
+// Adds Measure Against Truth to the open workflow, runs it, and returns what it shows and what of it would be saved and sent.
+async function measure(page) {
+  await page.evaluate(() => {
+    const one = (type) => app.graph._nodes.find((node) => node.type === type)
+    const node = LiteGraph.createNode("BokehMeasure")
+    node.pos = [1240, 720]
+    app.graph.add(node)
+    const join = (type, name) => one(type).connect(0, node, node.findInputSlot(name))
+    join("BokehRender", "result")
+    join("LoadImage", "truth")
+    join("BokehDefocus", "defocus")
+    app.queuePrompt(0)
+  })
+  const shown = () => app.graph._nodes.find((node) => node.type === "BokehMeasure").widgets[0].element.textContent
+  await page.waitForFunction(shown, null, { timeout: 240000 })
+  return page.evaluate(async () => {
+    const node = app.graph._nodes.find((node) => node.type === "BokehMeasure")
+    const element = node.widgets[0].element
+    return {
+      text: element.textContent,
+      height: element.querySelector(".bokeh-scores").getBoundingClientRect().height,
+      saved: node.serialize().widgets_values ?? [],
+      inputs: Object.keys((await app.graphToPrompt()).output[node.id].inputs),
+    }
+  })
+}
+
 async function main() {
   const context = await chromium.launchPersistentContext(profile, {
     executablePath,
@@ -54,14 +92,18 @@ async function main() {
       null,
       { timeout: 120000 }
     )
+    const supported = await choose(page, renderer === "vue")
     const workflows = {}
-    for (const file of files) {
+    let scores = null
+    for (const file of supported ? files : []) {
       const name = path.basename(file, ".json")
       workflows[name] = await open(page, file)
       workflows[name].outputs = await run(page)
+      workflows[name].drawn = await page.evaluate(() => document.querySelectorAll("[data-node-id]").length)
+      if (name === "photo_physical") scores = await measure(page)
       await page.screenshot({ path: path.join(profile, name + ".png") })
     }
-    console.log(JSON.stringify({ workflows, errors }))
+    console.log(JSON.stringify({ supported, workflows, scores, errors }))
   } finally {
     await context.close()
   }

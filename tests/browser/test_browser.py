@@ -14,9 +14,9 @@ HERE = Path(__file__).parent
 FILES = sorted(WORKFLOWS.glob("*.json"))
 
 
-@pytest.fixture(scope="module")
-def opened(host, tmp_path_factory):
-    """What the front end made of the workflows."""
+@pytest.fixture(scope="module", params=["classic", "vue"])
+def opened(request, host, tmp_path_factory):
+    """What the front end made of the workflows, on the canvas and with Nodes 2.0."""
     browser = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("NO BROWSER: install Chromium or set CHROMIUM to test the workflows in the front end")
@@ -27,14 +27,17 @@ def opened(host, tmp_path_factory):
         pytest.skip("NO PLAYWRIGHT: run `npm install playwright-core` in tests/browser, or name its folder in NODE_PATH")
     profile = tmp_path_factory.mktemp("profile")
     done = subprocess.run(
-        ["node", "open_workflows.cjs", host.url, browser, str(profile), *map(str, FILES)],
+        ["node", "open_workflows.cjs", host.url, browser, str(profile), request.param, *map(str, FILES)],
         cwd=HERE,
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    seen = json.loads(done.stdout) | {"renderer": request.param}
+    if not seen["supported"]:
+        pytest.skip("this front end has no Nodes 2.0")
+    return seen
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -55,11 +58,25 @@ def test_workflow_opens_whole(host, opened, file):
     assert not NOTES & {node["class_type"] for node in seen["prompt"].values()}
 
 
-@pytest.mark.parametrize(("file", "saver", "previews"), [("photo_physical", "SaveImage", 1), ("video_focus_pull", "SaveVideo", 4)])
+@pytest.mark.parametrize(
+    ("file", "saver", "previews"),
+    [("photo_physical", "SaveImage", 1), ("photo_matte_and_lens", "SaveImage", 1), ("video_focus_pull", "SaveVideo", 4)],
+)
 def test_workflow_runs_from_the_browser(opened, file, saver, previews):
     outputs = opened["workflows"][file]["outputs"]
     assert len(outputs[saver]) == 1
     assert len(outputs["BokehDefocus"]) == previews, "the node must show its overlay"
+
+
+def test_nodes_are_drawn_by_the_chosen_renderer(opened):
+    for workflow in opened["workflows"].values():
+        assert workflow["drawn"] == (len(workflow["types"]) if opened["renderer"] == "vue" else 0)
+
+
+def test_measure_shows_its_table_and_saves_nothing_of_it(opened):
+    scores = opened["scores"]
+    assert "PSNR in focus" in scores["text"] and scores["height"] > 60
+    assert scores["saved"] == [] and sorted(scores["inputs"]) == ["defocus", "result", "truth"]
 
 
 def test_no_errors_from_the_pack(opened):

@@ -162,6 +162,7 @@ def to_api(workflow: dict, nodes: dict) -> dict:
 
 def _read_inputs(declared, values, connected, inputs, who, prefix=""):
     for group in ("required", "optional"):
+        uploads = False
         for name, spec in declared.get(group, {}).items():
             name, kind, options = prefix + name, spec[0], spec[1] if len(spec) > 1 else {}
             dynamic = kind == "COMFY_DYNAMICCOMBO_V3"
@@ -173,8 +174,10 @@ def _read_inputs(declared, values, connected, inputs, who, prefix=""):
                 if dynamic:  # the fields of the chosen option follow, with dotted names
                     (chosen,) = [option for option in options["options"] if option["key"] == inputs[name]]
                     _read_inputs(chosen["inputs"], values, connected, inputs, who, name + ".")
-                # these put a second widget after their own
-                elif options.get("control_after_generate") or any(options.get(media + "_upload") for media in ("image", "video", "audio")):
+                elif options.get("control_after_generate"):  # a second widget after its own
                     values.pop(0)
+                uploads |= any(options.get(media + "_upload") for media in ("image", "video", "audio"))
             if name in connected:
                 inputs[name] = connected.pop(name)
+        if uploads:  # its button comes after all others
+            values.pop(0)

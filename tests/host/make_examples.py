@@ -11,9 +11,12 @@ from PIL import Image
 
 from bokeh_core.optics import focus as focusing
 from bokeh_core.optics.defocus import make_defocus
-from bokeh_core.optics.lens import Lens
+from bokeh_core.optics.lens import Aperture, Lens
 from bokeh_core.render import render
+from bokeh_core.render.light import to_display
+from bokeh_core.render.scene import Scene
 from bokeh_core.synthesis.demo import demo_clip, demo_scene
+from bokeh_core.synthesis.scenes import flatten
 
 from .comfy import WORKFLOWS
 
@@ -36,9 +39,9 @@ def write_video(path, frames, crf):
         file.mux(stream.encode())
 
 
-def thumbnail(name, image, disparity, focus):
+def thumbnail(name, image, disparity, focus, lens=None, **more):
     """Left the input, right the result."""
-    result = render(image[None], make_defocus(disparity[None], Lens(), focus, width=image.shape[-1]))[0]
+    result = render(image[None], make_defocus(disparity[None], lens or Lens(), focus, width=image.shape[-1]), **more)[0]
     middle = image.shape[-1] // 2
     picture = Image.fromarray(to_bytes(torch.cat([image[..., :middle], result[..., middle:]], -1)))
     picture.thumbnail((512, 512), Image.Resampling.LANCZOS)
@@ -53,6 +56,14 @@ def main():
     # RGB, because ComfyUI 0.33 reads grey PNGs 0.4 % too dark.
     Image.fromarray(to_bytes(scene["disparity"])).convert("RGB").save(folder / "bokeh_demo_depth.png", optimize=True)
     thumbnail("photo_physical", scene["image"], scene["disparity"], focusing.auto(scene["disparity"][None], scene["image"][None]))
+    branch = scene["layers"].layers[-1].alpha
+    plate = to_display(flatten(Scene(scene["layers"].layers[:-1]))[0])
+    Image.fromarray(to_bytes(branch)).convert("RGB").save(folder / "bokeh_demo_branch_matte.png", optimize=True)
+    Image.fromarray(to_bytes(plate)).save(folder / "bokeh_demo_clean_plate.jpg", quality=92)
+    lens = Lens(strength=40, aperture=Aperture(blades=7, roundness=0.4, cats_eye=0.5))
+    focus = focusing.auto(scene["disparity"][None], scene["image"][None])
+    more = {"matte": branch[None], "clean_plate": plate[None]}
+    thumbnail("photo_matte_and_lens", scene["image"].clamp(0, 1), scene["disparity"], focus, lens, **more)
     images, depths = zip(*demo_clip(frames=FRAMES, width=480, height=320), strict=True)
     write_video(folder / "bokeh_demo_clip.mp4", [to_bytes(image) for image in images], crf=18)
     write_video(folder / "bokeh_demo_clip_depth.mp4", [to_bytes(depth) for depth in depths], crf=12)

@@ -2,14 +2,20 @@
 
 import asyncio
 import importlib.util
+import json
+import math
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from bokeh_core.optics.lens import Lens
+from bokeh_core.metrics.image import psnr
+from bokeh_core.metrics.video import flicker, relation_metric
+from bokeh_core.optics.lens import Aperture, Lens
+from bokeh_core.render import render
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "a_pack_with_any_name"
@@ -22,20 +28,33 @@ class Recorder:
         self.args, self.keywords = args, keywords
 
 
+class Input:
+    """Stands for every input; knows few words too."""
+
+    def __init__(self, id, types=None, default=None, optional=False, tooltip=None):
+        self.id, self.default, self.optional, self.tooltip = id, default, optional, tooltip
+
+
 class OldSchema:
     """A schema class that knows few words, as old hosts have them."""
 
     def __init__(self, node_id, display_name, category, description, inputs, outputs):
-        self.node_id, self.inputs = node_id, inputs
+        self.node_id, self.inputs, self.outputs = node_id, inputs, outputs
 
 
 class Io(SimpleNamespace):
     def __getattr__(self, name):
-        return SimpleNamespace(Input=Recorder, Output=Recorder)
+        return SimpleNamespace(Input=Input, Output=Recorder)
 
 
 @pytest.fixture
-def nodes(monkeypatch):
+def bar():
+    """What the progress bar was told: [(done, total)]."""
+    return []
+
+
+@pytest.fixture
+def nodes(monkeypatch, bar):
     """The pack's node classes by name, loaded as a package of another name."""
     cpu = torch.device("cpu")
     fakes = {
@@ -46,7 +65,7 @@ def nodes(monkeypatch):
             "free_memory": lambda size, device: None,
             "throw_exception_if_processing_interrupted": lambda: None,
         },
-        "comfy.utils": {"ProgressBar": lambda total: SimpleNamespace(update_absolute=lambda done, total: None)},
+        "comfy.utils": {"ProgressBar": lambda total: SimpleNamespace(update_absolute=lambda *told: bar.append(told))},
         "comfy_api": {},
         "comfy_api.latest": {
             "ComfyExtension": object,
@@ -54,9 +73,9 @@ def nodes(monkeypatch):
                 ComfyNode=object,
                 Schema=OldSchema,
                 NodeOutput=Recorder,
-                Custom=lambda name: SimpleNamespace(Input=Recorder, Output=Recorder),
+                Custom=lambda name: SimpleNamespace(Input=Input, Output=Recorder),
             ),
-            "ui": SimpleNamespace(PreviewImage=Recorder),
+            "ui": SimpleNamespace(PreviewImage=Recorder, PreviewText=Recorder),
         },
     }
     for name, members in fakes.items():
@@ -93,7 +112,49 @@ def defocus(nodes, image, depth, **inputs):
 
 
 def test_newer_words_are_dropped_for_an_older_host(nodes):
-    assert {one.define_schema().node_id for one in nodes.values()} == {"BokehLens", "BokehFocusTrack", "BokehDefocus", "BokehRender"}
+    names = {"BokehLens", "BokehFocusTrack", "BokehDefocus", "BokehRender", "BokehMeasure"}
+    assert {one.define_schema().node_id for one in nodes.values()} == names
+
+
+# The values of a saved graph's widgets are told apart by their places alone, so this list may only grow at its ends.
+SAVED_WIDGETS = {
+    "BokehLens": [
+        *("mode", "strength", "f_number", "focal_length", "sensor", "upright", "sensor_width", "focus_distance"),
+        *("blades", "cats_eye", "highlights", "blade_rotation", "roundness", "anamorphic", "spherical", "onion"),
+        *("chromatic_longitudinal", "chromatic_lateral", "highlight_threshold"),
+    ],
+    "BokehFocusTrack": ["keyframes"],
+    "BokehDefocus": ["strength", "focus", "focus_x", "focus_y", "focus_value", "depth_values", "follow"],
+    "BokehRender": ["quality", "linear", "rays", "snap_edges"],
+    "BokehMeasure": [],
+}
+
+
+def test_widgets_keep_their_places_and_inputs_are_optional_at_the_end(nodes):
+    for name, one in nodes.items():
+        inputs = one.define_schema().inputs
+        widgets = [i.id for i in inputs if i.default is not None]
+        assert widgets == SAVED_WIDGETS[name], name
+        optional = [i.optional for i in inputs]
+        assert optional == sorted(optional), name
+
+
+@pytest.mark.parametrize("language", ["zh", "ja"])
+def test_every_word_is_translated(nodes, language):
+    folder = ROOT / "locales" / language
+    translated = json.loads((folder / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert set(translated) == set(nodes)
+    for name, one in nodes.items():
+        schema, words = one.define_schema(), translated[name]
+        assert set(words["inputs"]) == {i.id for i in schema.inputs}, name
+        assert list(words["outputs"]) == [str(n) for n in range(len(schema.outputs))], name
+        assert all(i.tooltip for i in schema.inputs), name
+        for text in (words, *words["inputs"].values(), *words["outputs"].values()):
+            parts = [part for part in text.values() if isinstance(part, str)]
+            assert len(parts) == 2 and all(parts), f"{name}: {text}"
+            assert not any(sign in part for part in parts for sign in "{}@|"), f"signs the front end would interpret: {text}"
+    categories = json.loads((folder / "main.json").read_text(encoding="utf-8"))["nodeCategories"]
+    assert set(categories) == {"bokeh", "optics", "render", "inspect"}
 
 
 def test_every_kind_of_depth_reaches_the_same_blur(nodes, scene):
@@ -178,3 +239,158 @@ def test_real_sensors(nodes):
         return nodes["BokehLens"].execute("real lens", 24.0, 1.8, 50.0, sensor, upright, 7.0, 0.0).args[0].sensor_width
 
     assert (width("full frame", False), width("full frame", True), width("custom", True)) == (36.0, 24.0, 7.0)
+
+
+def lens(nodes, mode="strength", **looks):
+    return nodes["BokehLens"].execute(mode, 24.0, 1.8, 50.0, "full frame", False, 36.0, 0.0, **looks).args[0]
+
+
+def test_an_untouched_lens_is_a_clean_disk(nodes):
+    assert asdict(lens(nodes)) == asdict(Lens(strength=24.0))
+    inputs = nodes["BokehLens"].define_schema().inputs
+    widgets = {i.id: i.default for i in inputs if i.optional and i.default is not None}
+    assert asdict(lens(nodes, **widgets)) == asdict(Lens(strength=24.0))
+    named = {"rotation" if name == "blade_rotation" else name for name in widgets} - {"highlights", "highlight_threshold"}
+    assert named == {field.name for field in fields(Aperture)} - {"picture"}
+
+
+def test_looks_reach_either_kind_of_lens(nodes):
+    looks = {"blades": 7, "roundness": 0.3, "cats_eye": 0.5, "spherical": -0.4, "onion": 0.2, "anamorphic": 1.5}
+    looks |= {"chromatic_longitudinal": 0.1, "chromatic_lateral": -0.2}
+    for mode in ("strength", "real lens"):
+        made = lens(nodes, mode, blade_rotation=15.0, highlights=4.0, highlight_threshold=0.8, **looks)
+        assert (made.highlights, made.highlight_threshold, made.is_physical) == (4.0, 0.8, mode == "real lens")
+        assert asdict(made.aperture) == asdict(Aperture(rotation=15.0, **looks))
+
+
+def test_an_aperture_picture_is_one_mask(nodes):
+    heart = torch.eye(8)
+    for mask in (heart, heart[None]):
+        assert torch.equal(lens(nodes, aperture_picture=mask).aperture.picture, heart)
+    with pytest.raises(Exception, match="expected one picture"):
+        lens(nodes, aperture_picture=heart.expand(2, 8, 8))
+    with pytest.raises(Exception, match="light somewhere"):
+        lens(nodes, aperture_picture=torch.zeros(1, 64, 64))
+
+
+def test_matte_and_plate_reach_the_renderer(nodes, scene):
+    image, depth = scene
+    plan = defocus(nodes, image, depth, focus="value", focus_value=0.25, strength=200.0)[0]
+    small = torch.zeros(1, 20, 30)
+    small[:, 4:16, 9:21] = 1
+    matte = torch.nn.functional.interpolate(small[None], (40, 60), mode="bilinear")[0]
+    plate = torch.full((2, 40, 60, 3), 0.5)
+    before = [t.clone() for t in (small, plate)]
+    (result,) = nodes["BokehRender"].execute(image, plan, matte=small, clean_plate=plate).args
+    expected = render(image.movedim(-1, 1), plan, matte=matte, clean_plate=plate.movedim(-1, 1)).movedim(1, -1)
+    assert torch.allclose(result, expected, atol=1e-6)
+    for less in ({"matte": small}, {"clean_plate": plate}, {}):
+        assert not torch.allclose(nodes["BokehRender"].execute(image, plan, **less).args[0], result, atol=1e-3)
+    assert torch.equal(small, before[0]) and torch.equal(plate, before[1]), "inputs must stay as they were"
+    # The channels beyond RGB of a plate mean nothing, and one plate serves all frames.
+    alpha = torch.cat([plate[:1], torch.rand(1, 40, 60, 1)], -1)
+    assert torch.equal(nodes["BokehRender"].execute(image, plan, matte=small[0], clean_plate=alpha).args[0], result)
+
+
+def test_snapping_reaches_the_renderer(nodes, scene):
+    image = torch.where(scene[1] > 0.5, 0.9, 0.1) + 0 * scene[0]
+    plan = defocus(nodes, image, scene[1].roll(3, 2), strength=200.0)[0]
+    (result,) = nodes["BokehRender"].execute(image, plan, snap_edges=True).args
+    expected = render(image.movedim(-1, 1), plan, snap_edges=True).movedim(1, -1)
+    assert torch.allclose(result, expected, atol=1e-6)
+    assert not torch.allclose(result, nodes["BokehRender"].execute(image, plan).args[0], atol=1e-2)
+
+
+def test_an_empty_matte_is_no_matte(nodes, scene):
+    """Load Image hands out an empty mask of 64 x 64 for pictures without alpha."""
+    image, depth = scene
+    plan = defocus(nodes, image, depth)[0]
+    without = nodes["BokehRender"].execute(image, plan).args[0]
+    assert torch.allclose(nodes["BokehRender"].execute(image, plan, matte=torch.zeros(1, 64, 64)).args[0], without, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"matte": torch.ones(3, 40, 60)}, "matte has 3 frames and the image 2"),
+        ({"clean_plate": torch.ones(3, 40, 60, 3)}, "clean plate has 3 frames and the image 2"),
+        ({"clean_plate": torch.ones(1, 40, 50, 3)}, "clean plate is 50x40 px and the image 60x40 px"),
+    ],
+)
+def test_wrong_mattes_and_plates_are_explained(nodes, scene, inputs, words):
+    image, depth = scene
+    plan = defocus(nodes, image, depth)[0]
+    with pytest.raises(Exception, match=words):
+        nodes["BokehRender"].execute(image, plan, **inputs)
+
+
+def test_reference_uses_the_rays_and_tells_how_far_it_is(nodes, scene, bar):
+    image, depth = scene
+    plan = defocus(nodes, image, depth, strength=60.0)[0]
+    fast = nodes["BokehRender"].execute(image, plan).args[0]
+    bar.clear()
+    rough, fine = (nodes["BokehRender"].execute(image, plan, "reference", rays=rays).args[0] for rays in (64, 512))
+    assert 0 < float((rough - fine).abs().mean()) < float((fast - image).abs().mean()) / 4
+    assert float((fast - fine).abs().mean()) < float((fast - image).abs().mean()) / 4
+    assert all(isinstance(done, int) and total == 200 for done, total in bar)
+    assert bar[-1] == (200, 200) and any(0 < done % 100 for done, _ in bar), "it must move within a frame"
+
+
+def measure(nodes, *inputs, **more):
+    return nodes["BokehMeasure"].execute(*inputs, **more).args
+
+
+def test_measure_against_the_definitions(nodes, scene):
+    truth = scene[0].clamp(0.2, 0.8)
+    assert measure(nodes, truth, truth)[:2] == (math.inf, pytest.approx(1.0))
+    db, likeness, edges, sharp, change, _, table = measure(nodes, truth + 0.1, truth)
+    assert db == pytest.approx(20.0, abs=1e-4) and likeness < 1 and change == pytest.approx(0, abs=1e-6)
+    assert math.isnan(edges) and math.isnan(sharp), "no defocus, no edges"
+    assert "| PSNR " in table and "20.00 dB" in table and "edges" not in table and "| RM " in table
+    # Values beyond 0..1 count as the display shows them; one truth serves all frames.
+    assert measure(nodes, torch.full((2, 40, 60, 3), 1.5), torch.full((1, 40, 60, 3), 0.9))[0] == pytest.approx(20.0, abs=1e-4)
+
+
+def test_measure_pools_frames_and_regions(nodes, scene):
+    image, depth = scene
+    depth = depth.repeat(2, 1, 1, 1)
+    depth[1] = depth[1].roll(7, 1)
+    plan = defocus(nodes, image, depth, focus="value", focus_value=0.75, strength=200.0)[0]
+    noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(1)) * torch.tensor([0.1, 0.3])[:, None, None, None]
+    result = (image + noise).clamp(0, 1)
+    mask = torch.zeros(1, 40, 60)
+    mask[:, :, :35] = 1
+    db, _, edges, sharp, change, restless, table = measure(nodes, result, image, mask=mask, defocus=plan)
+
+    a, b = result.movedim(-1, 1), image.movedim(-1, 1)
+    assert db == pytest.approx(psnr(a, b, mask[:, None] > 0.5), abs=1e-3)
+    near = depth[..., 0] == 0.75
+    assert sharp == pytest.approx(psnr(a, b, (near & (mask > 0.5))[:, None]), abs=1e-3)
+    # By hand: pixels no farther than 8 px from one that has a neighbour of the other depth.
+    across = torch.zeros_like(near)
+    for axis in (1, 2):
+        for step in (-1, 1):
+            moved = near.roll(step, axis)  # the square stays clear of the border
+            across |= moved != near
+    y, x = torch.meshgrid(torch.arange(40), torch.arange(60), indexing="ij")
+    band = torch.stack([((y[..., None] - i) ** 2 + (x[..., None] - j) ** 2 <= 64).any(-1) for i, j in (e.nonzero().T for e in across)])
+    assert edges == pytest.approx(psnr(a, b, (band & (mask > 0.5))[:, None]), abs=1e-3)
+    assert change == pytest.approx(relation_metric(a, b), rel=1e-4) and math.isnan(restless)
+    assert "frames" in table and "around edges" in table and "flicker" not in table
+    still = image[:1].repeat(3, 1, 1, 1)
+    restless = measure(nodes, still + torch.tensor([0, 0.05, 0])[:, None, None, None] * (still < 0.5), still)[5]
+    expected = flicker((still + torch.tensor([0, 0.05, 0])[:, None, None, None] * (still < 0.5)).movedim(-1, 1), still.movedim(-1, 1))
+    assert restless == pytest.approx(expected, rel=1e-4) and restless > 0.01
+
+
+@pytest.mark.parametrize(
+    ("shape", "more", "words"),
+    [
+        ((2, 40, 61, 3), {}, "truth is 61x40 px and the result 60x40 px"),
+        ((3, 40, 60, 3), {}, "truth has 3 frames and the result 2"),
+        ((2, 40, 60, 3), {"mask": torch.ones(1, 64, 64)}, "mask is 64x64 px"),
+    ],
+)
+def test_measure_explains_what_does_not_fit(nodes, scene, shape, more, words):
+    with pytest.raises(Exception, match=words):
+        measure(nodes, scene[0], torch.zeros(shape), **more)

@@ -262,6 +262,15 @@ def test_matte_mends_wrong_depth_edges():
     assert torch.allclose(subject, torch.tensor(0.8)) and torch.allclose(around, torch.tensor(0.2), atol=1e-3)
 
 
+def test_matte_mends_the_depth_of_a_thin_subject():
+    """A bar 9 px wide whose depth is 2 px too far to the left."""
+    matte, wrong = torch.zeros(100, 140), torch.full((100, 140), 0.2)
+    matte[:, 60:69] = 1
+    wrong[:, 58:67] = 0.8
+    subject, around = regrow(wrong, matte)
+    assert float((torch.where(matte > 0.5, subject, around) - torch.where(matte > 0.5, 0.8, 0.2)).abs().max()) < 0.02
+
+
 def test_clean_plate_shows_behind_the_subject():
     """A near blurred bar over a red background that the picture never shows behind it."""
     d = torch.full((100, 140), 0.1)
