@@ -87,8 +87,9 @@ def _composite(scene: Scene, channels: slice, k: float, focus: float, axial: flo
         mean = blurred[:-1] / mass
         own = None
         if wanted[n] is not None:
-            own = scatter_moments(planes, signed, wanted[n], check, aperture=aperture)
-            own = (own[:, :-1] - mean * own[:, -1:]) / mass
+            last = n > 0 and n + 1 == len(scene.layers)  # nothing in front: only what it covers matters
+            own = scatter_moments(planes[-2:] if last else planes, signed, wanted[n], check, aperture=aperture)
+            own = (own[:, :-1] - (mean[-1:] if last else mean) * own[:, -1:]) / mass
         if n == 0:
             out, moments = mean, own
             continue
@@ -99,8 +100,9 @@ def _composite(scene: Scene, channels: slice, k: float, focus: float, axial: flo
                 # Where the aperture looks past the front layer it sees another part of what lies behind than on average.
                 visible = visible - (own[:, -1:] * moments).sum(0) / spread
                 moments = moments * (1 - cover)
-            behind = 0 if moments is None else moments
-            moments = behind - own[:, -1:] * out + own[:, :-1]
+            if not last:
+                behind = 0 if moments is None else moments
+                moments = behind - own[:, -1:] * out + own[:, :-1]
         elif moments is not None:
             moments = moments * (1 - cover)
         out = visible.clamp_min(0) + light if own is not None else visible + light

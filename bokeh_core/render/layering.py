@@ -101,7 +101,10 @@ def harden_edges(disparity: torch.Tensor, k: float) -> torch.Tensor:
 
 
 def _box(x: torch.Tensor, radius: int) -> torch.Tensor:
-    return F.avg_pool2d(F.pad(x[None], (radius,) * 4, mode="replicate"), 2 * radius + 1, 1)[0]
+    """Mean over a (2 radius + 1)^2 window of [C, H, W]; the border repeats."""
+    x = F.pad(x[None], (radius,) * 4, mode="replicate")
+    x = F.avg_pool2d(x, (2 * radius + 1, 1), 1)
+    return F.avg_pool2d(x, (1, 2 * radius + 1), 1)[0]
 
 
 def edge_alpha(color: torch.Tensor, near: torch.Tensor, jump: torch.Tensor) -> torch.Tensor:

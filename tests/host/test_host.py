@@ -132,7 +132,8 @@ def test_matte_and_lens_workflow(host, object_info):
     lens = Lens(strength=40, aperture=Aperture(blades=7, roundness=0.4, cats_eye=0.5))
     defocus = optics.make_defocus(disparity, lens, focusing.auto(disparity, sharp), width=sharp.shape[-1])
     expected = render(sharp, defocus, matte=matte, clean_plate=plate).clamp(0, 1)
-    assert (result - expected).abs().max() * 255 < 1.1  # SaveImage cuts the fraction off
+    assert psnr(result, expected) > 51  # hosts differ in how they decode the JPEG plate
+    assert psnr(render(sharp, defocus).clamp(0, 1), expected) < 50
     (scores,) = [output["text"][0] for output in outputs.values() if "text" in output]
     in_focus = float(re.search(r"PSNR in focus +\| ([\d.]+)", scores)[1])
     calm = (defocus.signed_radius().abs() <= 0.5)[:, None]
