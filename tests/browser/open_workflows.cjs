@@ -1,7 +1,7 @@
 // Opens ComfyUI's front end in headless Chromium, loads each workflow as if a user dropped its file on the canvas, and runs it.
 // node open_workflows.cjs URL CHROMIUM PROFILE_FOLDER RENDERER WORKFLOW.json ...
-// RENDERER: classic (canvas) or vue (Nodes 2.0). Prints one JSON object: whether the front end has that renderer, what it made of each
-// workflow, what Measure Against Truth showed beside photo_physical, and every error on the console.
+// RENDERER: classic (canvas) or vue (Nodes 2.0). Prints one JSON object: what the front end made of each workflow, what Measure
+// Against Truth showed beside photo_physical, and every error on the console.
 const fs = require("fs")
 const path = require("path")
 const { chromium } = require("playwright-core")
@@ -35,16 +35,6 @@ async function run(page) {
   return page.evaluate(() =>
     Object.fromEntries(app.graph._nodes.map((node) => [node.type, app.nodeOutputs[node.id]?.images ?? []]))
   )
-}
-
-// False when the front end does not know Nodes 2.0.
-async function choose(page, vue) {
-  return page.evaluate(async (vue) => {
-    const settings = app.extensionManager.setting
-    if (settings.get("Comfy.VueNodes.Enabled") === undefined) return !vue
-    await settings.set("Comfy.VueNodes.Enabled", vue)
-    return true
-  }, vue)
 }
 
 // Adds Measure Against Truth to the open workflow, runs it, and returns what it shows and what of it would be saved and sent.
@@ -92,10 +82,10 @@ async function main() {
       null,
       { timeout: 120000 }
     )
-    const supported = await choose(page, renderer === "vue")
+    await page.evaluate((vue) => app.extensionManager.setting.set("Comfy.VueNodes.Enabled", vue), renderer === "vue")
     const workflows = {}
     let scores = null
-    for (const file of supported ? files : []) {
+    for (const file of files) {
       const name = path.basename(file, ".json")
       workflows[name] = await open(page, file)
       workflows[name].outputs = await run(page)
@@ -103,7 +93,7 @@ async function main() {
       if (name === "photo_physical") scores = await measure(page)
       await page.screenshot({ path: path.join(profile, name + ".png") })
     }
-    console.log(JSON.stringify({ supported, workflows, scores, errors }))
+    console.log(JSON.stringify({ workflows, scores, errors }))
   } finally {
     await context.close()
   }

@@ -17,6 +17,9 @@ FILES = sorted(WORKFLOWS.glob("*.json"))
 @pytest.fixture(scope="module", params=["classic", "vue"])
 def opened(request, host, tmp_path_factory):
     """What the front end made of the workflows, on the canvas and with Nodes 2.0."""
+    version = host.get("/system_stats")["system"]["comfyui_version"]
+    if request.param == "vue" and tuple(map(int, version.split(".")[:2])) < (0, 4):
+        pytest.skip(f"NO NODES 2.0: that of ComfyUI {version} is a first trial, which draws no DOM widgets; 0.8 is tested")
     browser = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("NO BROWSER: install Chromium or set CHROMIUM to test the workflows in the front end")
@@ -34,10 +37,7 @@ def opened(request, host, tmp_path_factory):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout) | {"renderer": request.param}
-    if not seen["supported"]:
-        pytest.skip("this front end has no Nodes 2.0")
-    return seen
+    return json.loads(done.stdout) | {"renderer": request.param}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -1,0 +1,136 @@
+"""The node that says how close one picture is to another."""
+
+import math
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..bokeh_core.errors import BokehError
+from ..bokeh_core.metrics.edges import edge_band
+from ..bokeh_core.metrics.image import psnr, ssim
+from ..bokeh_core.metrics.video import flicker, relation_metric
+from . import host
+from .schema import Defocus, known
+
+EDGE_BAND = 8  # px on either side of a depth edge
+IN_FOCUS = 0.5  # px of blur radius
+
+
+class BokehMeasure(io.ComfyNode):
+    """Scores of a result against the truth."""
+
+    @classmethod
+    def define_schema(cls):
+        return known(
+            io.Schema,
+            node_id="BokehMeasure",
+            display_name="Measure Against Truth",
+            category="bokeh/inspect",
+            description="Compares a result with the true picture: whole, at depth edges and where it should be sharp; "
+            "for clips also how steady it is. Shows the scores on the node.",
+            search_aliases=["compare", "psnr", "ssim", "metrics", "quality", "difference", "flicker", "benchmark", "evaluate"],
+            is_output_node=True,
+            inputs=[
+                known(io.Image.Input, "result", tooltip="The picture or clip to judge. Values are compared as they are, cut to 0..1."),
+                known(io.Image.Input, "truth", tooltip="What it should be, of the same size: one picture for all frames, or one for each."),
+                known(
+                    io.Mask.Input,
+                    "mask",
+                    optional=True,
+                    tooltip="Only white pixels count for the PSNR scores: one mask or one per frame, of the result's size.",
+                ),
+                known(
+                    Defocus.Input,
+                    "defocus",
+                    optional=True,
+                    tooltip="The defocus the truth was made with, from Set Focus and Blur. Needed for the edge and in-focus scores.",
+                ),
+            ],
+            outputs=[
+                io.Float.Output(display_name="psnr", tooltip="Peak signal to noise ratio in dB over all frames; higher is better."),
+                io.Float.Output(display_name="ssim", tooltip="Structural similarity, at most 1; higher is better."),
+                io.Float.Output(display_name="edge psnr", tooltip=f"PSNR within {EDGE_BAND} pixels of depth edges. Needs the defocus."),
+                io.Float.Output(display_name="in-focus psnr", tooltip="PSNR where the blur is at most half a pixel. Needs the defocus."),
+                io.Float.Output(display_name="rm", tooltip="Clips: mean error of the change from frame to frame, 0..1; lower is better."),
+                io.Float.Output(display_name="flicker", tooltip="Clips: mean change where the truth stands still, 0..1; lower is better."),
+                io.String.Output(display_name="table", tooltip="The scores as a Markdown table."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, result, truth, mask=None, defocus=None) -> io.NodeOutput:
+        frames, (height, width) = len(result), result.shape[1:3]
+        if mask is not None:
+            mask = mask.reshape(-1, *mask.shape[-2:])
+        depth = None if defocus is None else defocus.disparity
+        for name, batch, size in (
+            ("truth", truth, truth.shape[1:3]),
+            ("mask", mask, mask is not None and mask.shape[1:]),
+            ("defocus", depth, depth is not None and depth.shape[1:]),
+        ):
+            if batch is None:
+                continue
+            if tuple(size) != (height, width):
+                raise BokehError(f"The {name} is {size[1]}x{size[0]} px and the result {width}x{height} px; expected the same size.")
+            if len(batch) not in (1, frames):
+                raise BokehError(f"The {name} has {len(batch)} frames and the result {frames}; connect one for all, or one for each.")
+        if min(height, width) < 6:
+            raise BokehError(f"The result is {width}x{height} px; scores need at least 6x6 px.")
+
+        def colours(batch, i):
+            return batch[i if len(batch) > 1 else 0][..., :3].movedim(-1, 0).float().cpu().clamp(0, 1)
+
+        # Frame by frame and pair by pair, so that long clips need little memory.
+        everywhere, edges, sharp, likeness, changes, restless = [], [], [], [], [], []
+        before, step = None, host.progress()
+        for i in range(frames):
+            pair = colours(result, i), colours(truth, i)
+            counted = torch.ones(height, width, dtype=torch.bool) if mask is None else mask[i if len(mask) > 1 else 0].cpu() > 0.5
+            everywhere.append((psnr(*pair, counted), int(counted.sum())))
+            likeness.append(ssim(*pair))
+            if defocus is not None:
+                plan = defocus.frame(i if len(depth) > 1 else 0)
+                band = counted & edge_band(plan.disparity[0].cpu(), float(plan.k[0]), EDGE_BAND)
+                calm = counted & (plan.signed_radius()[0].abs().cpu() <= IN_FOCUS)
+                edges.append((psnr(*pair, band), int(band.sum())))
+                sharp.append((psnr(*pair, calm), int(calm.sum())))
+            if before is not None:
+                clip, true_clip = (torch.stack(two) for two in zip(before, pair, strict=True))
+                changes.append(relation_metric(clip, true_clip))
+                restless.append(flicker(clip, true_clip))
+            before = pair
+            step(i + 1, frames)
+
+        scores = [_pooled(everywhere), _mean(likeness), _pooled(edges), _pooled(sharp), _mean(changes), _mean(restless)]
+        table = _table(frames, *scores)
+        return io.NodeOutput(*scores, table, ui=ui.PreviewText(table))
+
+
+def _pooled(scores):
+    """dB of the squared error of all pixels together, from (dB, pixels) of each frame; nan where no pixel counts."""
+    scores = [(db, pixels) for db, pixels in scores if pixels]
+    if not scores:
+        return math.nan
+    error = sum(pixels * 10 ** (-db / 10) for db, pixels in scores) / sum(pixels for _, pixels in scores)
+    return -10 * math.log10(error) if error else math.inf
+
+
+def _mean(values):
+    """Mean of the values that are numbers; nan where there is none."""
+    values = [value for value in values if not math.isnan(value)]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _table(frames, whole, likeness, edges, sharp, change, restless):
+    rows = [
+        ("PSNR", f"{whole:.2f} dB"),
+        ("SSIM", f"{likeness:.4f}"),
+        (f"PSNR, {EDGE_BAND} px around edges", f"{edges:.2f} dB"),
+        ("PSNR in focus", f"{sharp:.2f} dB"),
+        ("RM", f"{change:.5f}"),
+        ("flicker", f"{restless:.5f}"),
+        ("frames", f"{frames}"),
+    ]
+    rows = [("score", "value"), ("---", "---"), *((name, value) for name, value in rows if not value.startswith("nan"))]
+    left, right = (max(len(row[i]) for row in rows) for i in (0, 1))
+    return "\n".join(f"| {name.ljust(left)} | {value.ljust(right)} |" for name, value in rows)
