@@ -98,6 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="IMAGE without the subject, same size and light: what a blurred subject lets through. A folder or video: one per frame",
     )
+    group.add_argument(
+        "--snap-edges", action="store_true", help="move depth edges that are off by a few pixels to where the colours change (no matte)"
+    )
 
     group = command.add_argument_group("focus (default: found automatically)")
     focus = group.add_mutually_exclusive_group()
@@ -153,6 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--fps", type=_rate, metavar="N", help="frames per second of a video made from a folder, e.g. 24 or 30000/1001 (default: 24)"
     )
     group.add_argument("--quality", default="fast", metavar="NAME", help="fast (default), or reference: aperture rays, slow")
+    group.add_argument("--rays", type=int, default=1024, metavar="N", help="quality reference: rays per pixel (default: 1024)")
     group.add_argument("--overlay", metavar="FILE", help="also write a picture that shows what is in focus (of the first frame)")
 
     command = commands.add_parser(
@@ -311,7 +315,18 @@ def _render(args: argparse.Namespace) -> None:
         _write_overlay(args.overlay, clip, depth, focus, k, lens, linear)
     with _bar(len(clip), "rendering") as progress:
         frames = render_frames(
-            clip, depth, focus, k, lens, linear=linear, quality=args.quality, matte=matte, plate=plate, progress=progress
+            clip,
+            depth,
+            focus,
+            k,
+            lens,
+            linear=linear,
+            quality=args.quality,
+            rays=args.rays,
+            matte=matte,
+            plate=plate,
+            snap_edges=args.snap_edges,
+            progress=progress,
         )
         exr_out = output.suffix.lower() == ".exr" if clip.is_picture else clip.linear
         frames = (_in_light(frame, linear, (args.linear or exr_out) and not to_video) for frame in frames)
@@ -348,6 +363,10 @@ def _check_options(args: argparse.Namespace) -> None:
         raise BokehError(f"--depth-far-is-bright and --depth-unit {args.depth_unit} do not go together; the unit says what is near.")
     if args.focus_each_frame and (args.focus_distance is not None or focus in ("--focus-disparity", "--focus-track")):
         raise BokehError(f"--focus-each-frame and {focus or '--focus-distance'} do not go together; the focus is already given.")
+    if args.snap_edges and args.matte:
+        raise BokehError("--snap-edges and --matte both say where the edges are; a matte knows better, so leave --snap-edges out.")
+    if args.rays < 1:
+        raise BokehError(f"--rays is {args.rays}; expected 1 or more.")
     for name in ("strength", "k"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < float("inf"):

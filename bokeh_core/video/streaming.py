@@ -230,8 +230,10 @@ def render_frames(
     *,
     linear: bool,
     quality: str = "fast",
+    rays: int = 1024,
     matte: MatteClip | None = None,
     plate: PlateClip | None = None,
+    snap_edges: bool = False,
     progress: Progress = None,
 ) -> Iterator[Picture]:
     """The frames of `clip` with depth of field, in order; only one chunk is in memory at a time.
@@ -239,6 +241,7 @@ def render_frames(
     focus, k   [frames] one focus disparity and one blur radius per unit of disparity for each frame
     linear     the clip's pixels are linear light; the result is in the same light
     matte, plate  see MatteClip, PlateClip; made for this clip
+    quality, rays, snap_edges  see render
     progress   called as progress(frames done, frames)
     """
     cuts = shot_cuts(depth.samples, float(k.abs().max()), None if matte is None else matte.samples)
@@ -255,8 +258,10 @@ def render_frames(
             Defocus(torch.stack(disparities), focus[here], k[here], lens, depth.metric),
             linear=linear,
             quality=quality,
+            rays=rays,
             matte=None if matte is None else torch.stack(mattes),
             clean_plate=None if plate is None else torch.stack(plates),
+            snap_edges=snap_edges,
             cuts=cuts,
             progress=(lambda n, _, before=done: progress(before + n, len(clip))) if progress else None,
         )

@@ -400,6 +400,20 @@ def test_matte_and_clean_plate_reach_the_renderer(here):
         assert np.array_equal(np.load("out.npy"), want.permute(1, 2, 0).numpy())
 
 
+def test_edge_snapping_and_rays_reach_the_renderer(here, capsys):
+    words = ["render", "photo.png", "--depth", "depth.npy", "--k", 12, "--focus-disparity", 0.2]
+    pixels = read_picture("photo.png").pixels
+    d = Defocus(torch.as_tensor(depth())[None], torch.tensor([0.2]), torch.tensor([12.0]), Lens(), False)
+    assert bokeh(*words, "--snap-edges", "--bits", 16, "-o", "snapped.png") == 0
+    assert torch.allclose(read_picture("snapped.png").pixels, render(pixels[None], d, snap_edges=True)[0], atol=1e-5)
+    assert bokeh(*words, "--quality", "reference", "--rays", 48, "--bits", 16, "-o", "rays.png") == 0
+    assert torch.allclose(read_picture("rays.png").pixels, render(pixels[None], d, quality="reference", rays=48)[0], atol=1e-5)
+    np.save("matte.npy", near())
+    for bad in (["--rays", 0], ["--snap-edges", "--matte", "matte.npy"]):
+        capsys.readouterr()
+        assert bokeh(*words, *bad, "-o", "no.png") == 2 and capsys.readouterr().err.count("\n") == 1 and not Path("no.png").exists()
+
+
 def test_clean_plate_light(here):
     """An EXR plate is linear light, a PNG plate is not; both are brought to the light of the picture."""
     write_picture("plate.png", Picture(torch.full((3, HEIGHT, WIDTH), 0.75)), 16)
