@@ -75,7 +75,7 @@ def gather(values, radius, rows=1, table=None):
     return out
 
 
-def scanline_level(values, radius, slope, near, shape, shift, reached, block, check):
+def scanline_level(values, radius, slope, near, shape, shift, reached, block, moments, check):
     """Scanline prefix-sum scatter of the pixels `near`: four updates a row and channel, one cumulative sum."""
     c, h, w = values.shape
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
