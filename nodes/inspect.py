@@ -1,19 +1,11 @@
 """The node that says how close one picture is to another."""
 
-import math
-
-import torch
 from comfy_api.latest import io, ui
 
 from ..bokeh_core.errors import BokehError
-from ..bokeh_core.metrics.edges import edge_band
-from ..bokeh_core.metrics.image import psnr, ssim
-from ..bokeh_core.metrics.video import flicker, relation_metric
+from ..bokeh_core.metrics.compare import EDGE_BAND, compare
 from . import host
 from .schema import Defocus, known
-
-EDGE_BAND = 8  # px on either side of a depth edge
-IN_FOCUS = 0.5  # px of blur radius
 
 
 class BokehMeasure(io.ComfyNode):
@@ -77,48 +69,13 @@ class BokehMeasure(io.ComfyNode):
         if min(height, width) < 6:
             raise BokehError(f"The result is {width}x{height} px; scores need at least 6x6 px.")
 
-        def colours(batch, i):
-            return batch[i if len(batch) > 1 else 0][..., :3].movedim(-1, 0).float().cpu().clamp(0, 1)
+        def channels_first(batch):
+            return batch[..., :3].movedim(-1, 1)
 
-        # Frame by frame and pair by pair, so that long clips need little memory.
-        everywhere, edges, sharp, likeness, changes, restless = [], [], [], [], [], []
-        before, step = None, host.progress()
-        for i in range(frames):
-            pair = colours(result, i), colours(truth, i)
-            counted = torch.ones(height, width, dtype=torch.bool) if mask is None else mask[i if len(mask) > 1 else 0].cpu() > 0.5
-            everywhere.append((psnr(*pair, counted), int(counted.sum())))
-            likeness.append(ssim(*pair))
-            if defocus is not None:
-                plan = defocus.frame(i if len(depth) > 1 else 0)
-                band = counted & edge_band(plan.disparity[0].cpu(), float(plan.k[0]), EDGE_BAND)
-                calm = counted & (plan.signed_radius()[0].abs().cpu() <= IN_FOCUS)
-                edges.append((psnr(*pair, band), int(band.sum())))
-                sharp.append((psnr(*pair, calm), int(calm.sum())))
-            if before is not None:
-                clip, true_clip = (torch.stack(two) for two in zip(before, pair, strict=True))
-                changes.append(relation_metric(clip, true_clip))
-                restless.append(flicker(clip, true_clip))
-            before = pair
-            step(i + 1, frames)
-
-        scores = [_pooled(everywhere), _mean(likeness), _pooled(edges), _pooled(sharp), _mean(changes), _mean(restless)]
+        found = compare(channels_first(result), channels_first(truth), mask, defocus, host.progress())
+        scores = (found.psnr, found.ssim, found.edges, found.in_focus, found.rm, found.flicker)
         table = _table(frames, *scores)
         return io.NodeOutput(*scores, table, ui=ui.PreviewText(table))
-
-
-def _pooled(scores):
-    """dB of the squared error of all pixels together, from (dB, pixels) of each frame; nan where no pixel counts."""
-    scores = [(db, pixels) for db, pixels in scores if pixels]
-    if not scores:
-        return math.nan
-    error = sum(pixels * 10 ** (-db / 10) for db, pixels in scores) / sum(pixels for _, pixels in scores)
-    return -10 * math.log10(error) if error else math.inf
-
-
-def _mean(values):
-    """Mean of the values that are numbers; nan where there is none."""
-    values = [value for value in values if not math.isnan(value)]
-    return sum(values) / len(values) if values else math.nan
 
 
 def _table(frames, whole, likeness, edges, sharp, change, restless):

@@ -95,17 +95,15 @@ def _composite(scene: Scene, channels: slice, k: float, focus: float, axial: flo
             continue
         light, cover = mean[:-1], mean[-1:]
         visible = out * (1 - cover)
+        behind = None if moments is None else moments * (1 - cover)
         if own is not None:
             if moments is not None:
                 # Where the aperture looks past the front layer it sees another part of what lies behind than on average.
                 visible = visible - (own[:, -1:] * moments).sum(0) / spread
-                moments = moments * (1 - cover)
+            visible = visible.clamp_min(0)
             if not last:
-                behind = 0 if moments is None else moments
-                moments = behind - own[:, -1:] * out + own[:, :-1]
-        elif moments is not None:
-            moments = moments * (1 - cover)
-        out = visible.clamp_min(0) + light if own is not None else visible + light
+                behind = (0 if behind is None else behind) - own[:, -1:] * out + own[:, :-1]
+        out, moments = visible + light, behind
     return out
 
 

@@ -159,7 +159,7 @@ def snap_to_colors(color: torch.Tensor, disparity: torch.Tensor, cuts: list[floa
 
     Pixels within 1/256 of the width of a depth jump are judged by the colours of the pixels farther in on either side (mean and variance
     in a window): one that fits the other side clearly better takes its depth. Flat surroundings move, texture stays. Worth 1 to 8 dB
-    where depth is shrunk by 2 px, but costs up to 2 dB where it is exact and hair-fine: a matte is always better.
+    where depth is shrunk by 2 px, but costs up to 2.5 dB where it is exact and hair-fine: a matte is always better.
 
     color [3, H, W] linear light; cuts and k as for `build_scene`.
     """

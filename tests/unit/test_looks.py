@@ -15,14 +15,6 @@ from bokeh_core.render.rays import trace
 from bokeh_core.render.scene import Layer, Scene
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def half_picture():
     shape = torch.zeros(64, 64)
     shape[:, 32:] = 1.0  # the right half

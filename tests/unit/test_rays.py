@@ -13,14 +13,6 @@ from bokeh_core.render.rays import trace, vogel_disk
 from bokeh_core.render.scene import Layer, Scene
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def picture(height=64, width=72, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(3, height, width, generator=generator, dtype=torch.float64)

@@ -11,14 +11,6 @@ from bokeh_core.render.aperture import kernel
 from bokeh_core.render.scatter import scatter, scatter_dense
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def noise(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 

@@ -18,14 +18,6 @@ from bokeh_core.synthesis.scenes import KINDS, flatten, make_case, make_scene
 from bokeh_core.synthesis.scenes import make_clip as make_moving
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_case_is_consistent(kind):
     case = make_case(kind, 3, size=128, k=16.0, rays=32)
