@@ -1,9 +1,14 @@
-"""The only file that talks to ComfyUI's services: devices, memory, progress, interruption and previews."""
+"""The only file that talks to ComfyUI's services: devices, memory, models and their folders, progress, interruption, previews."""
 
+import os
+
+import folder_paths
 import torch
-from comfy import model_management
+from comfy import model_management, model_patcher, ops
 from comfy.utils import ProgressBar
 from comfy_api.latest import ui
+
+from ..bokeh_core.errors import BokehError
 
 
 def compute_device() -> torch.device:
@@ -38,3 +43,105 @@ def preview(images: torch.Tensor, node, most: int = 4) -> ui.PreviewImage:
     if count > most:
         images = images[[round(i * (count - 1) / (most - 1)) for i in range(most)]]
     return ui.PreviewImage(images, cls=node)
+
+
+class Managed:
+    """A network under ComfyUI's memory management: what loader nodes hand out, alone or inside an object of their own.
+
+    patcher  ComfyUI's handle; the host finds models by this attribute
+    dtype    the dtype to compute in (weights may be stored in another one and are cast as they stream)
+    """
+
+    def __init__(self, network: torch.nn.Module, dtype: torch.dtype):
+        self.dtype = dtype
+        holder = _Holder(network, dtype)
+        if hasattr(model_management, "archive_model_dtypes"):  # dynamic VRAM wants to know the intended dtypes
+            model_management.archive_model_dtypes(holder)
+        patcher = getattr(model_patcher, "CoreModelPatcher", model_patcher.ModelPatcher)  # rebound at start-up: look it up late
+        self.patcher = patcher(
+            holder, load_device=model_management.get_torch_device(), offload_device=model_management.unet_offload_device()
+        )
+
+    @property
+    def network(self) -> torch.nn.Module:
+        return self.patcher.model.network
+
+    @property
+    def device(self) -> torch.device:
+        """Where to send the inputs: the weights come there by themselves."""
+        return self.patcher.load_device
+
+
+class _Holder(torch.nn.Module):
+    """A plain module with a writable `device`, which diffusers' own classes lack and the patcher needs."""
+
+    def __init__(self, network: torch.nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.network = network
+        self.dtype = dtype
+        self.device = torch.device("cpu")
+
+    def get_dtype(self) -> torch.dtype:
+        return self.dtype
+
+
+def managed(build, tensors: dict[str, torch.Tensor], compute_in=(torch.float16, torch.bfloat16, torch.float32)) -> Managed:
+    """Build a network from its tensors, in the precision the host and the user's flags ask for.
+
+    build       build(ops, tensors) -> the network with `tensors` as its weights; its leaf layers come from the namespace `ops`
+    compute_in  dtypes its arithmetic allows, the preferred one first
+    """
+    device = model_management.get_torch_device()
+    stored = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point() and tensor.ndim > 1), torch.float32)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    weights = model_management.unet_dtype(device=device, model_params=count, supported_dtypes=list(compute_in), weight_dtype=stored)
+    compute = model_management.unet_manual_cast(weights, device, list(compute_in)) or weights
+    if compute not in compute_in:
+        compute = compute_in[-1]
+    operations = ops.disable_weight_init if compute == weights else ops.manual_cast
+    tensors = {name: tensor.to(weights) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    return Managed(build(operations, tensors), compute)
+
+
+def load(models: list[Managed], activations: int) -> None:
+    """Bring networks that work together to the compute device, with `activations` bytes left to work in. Call before each phase."""
+    model_management.load_models_gpu([model.patcher for model in models], memory_required=activations)
+
+
+def shrinking(work, size: int, smallest: int = 1):
+    """work(size), again with half the size whenever the device runs out of memory, down to `smallest`."""
+    while True:
+        try:
+            return work(size)
+        except Exception as error:
+            if not _out_of_memory(error) or size <= smallest:
+                raise
+        model_management.soft_empty_cache()  # outside the except block: the error holds the failed attempt's tensors alive
+        size = max(smallest, size // 2)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    test = getattr(model_management, "is_oom", None)  # since 0.17; it also knows the errors of other accelerators
+    return test(error) if test else isinstance(error, model_management.OOM_EXCEPTION)
+
+
+def register_folder(key: str) -> None:
+    """Make models/KEY a model folder of the host, beside any the user's own settings give it."""
+    folder_paths.add_model_folder_path(key, os.path.join(folder_paths.models_dir, key))
+    paths, suffixes = folder_paths.folder_names_and_paths[key]
+    folder_paths.folder_names_and_paths[key] = (paths, set(suffixes) | set(folder_paths.supported_pt_extensions))
+
+
+def model_files(*keys: str) -> list[str]:
+    """Names of the local model files in the folders of the host, subfolders and the user's extra paths included."""
+    known = [key for key in keys if key in folder_paths.folder_names_and_paths]
+    return sorted({name for key in known for name in folder_paths.get_filename_list(key)})
+
+
+def model_path(name: str, *keys: str) -> str:
+    """The full path of a file listed by `model_files`. Raises BokehError when it is no longer there."""
+    for key in keys:
+        path = folder_paths.get_full_path(key, name) if key in folder_paths.folder_names_and_paths else None
+        if path:
+            return path
+    raise BokehError(f"There is no model file '{name}'; put it into models/{keys[0]}, press R to refresh the lists, and choose it again.")

@@ -1,13 +1,9 @@
 """What the nodes do between the graph and the library, on a stand-in for ComfyUI; tests/host checks the same pack in a real one."""
 
-import asyncio
-import importlib.util
 import json
 import math
-import sys
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -18,83 +14,6 @@ from bokeh_core.optics.lens import Aperture, Lens
 from bokeh_core.render import render
 
 ROOT = Path(__file__).resolve().parents[2]
-NAME = "a_pack_with_any_name"
-
-
-class Recorder:
-    """Stands for every input, output, schema and result class: keeps what it was given."""
-
-    def __init__(self, *args, **keywords):
-        self.args, self.keywords = args, keywords
-
-
-class Input:
-    """Stands for every input; knows few words too."""
-
-    def __init__(self, id, types=None, default=None, optional=False, tooltip=None):
-        self.id, self.default, self.optional, self.tooltip = id, default, optional, tooltip
-
-
-class OldSchema:
-    """A schema class that knows few words, as old hosts have them."""
-
-    def __init__(self, node_id, display_name, category, description, inputs, outputs):
-        self.node_id, self.inputs, self.outputs = node_id, inputs, outputs
-
-
-class Io(SimpleNamespace):
-    def __getattr__(self, name):
-        return SimpleNamespace(Input=Input, Output=Recorder)
-
-
-@pytest.fixture
-def bar():
-    """What the progress bar was told: [(done, total)]."""
-    return []
-
-
-@pytest.fixture
-def nodes(monkeypatch, bar):
-    """The pack's node classes by name, loaded as a package of another name."""
-    cpu = torch.device("cpu")
-    fakes = {
-        "comfy": {},
-        "comfy.model_management": {
-            "get_torch_device": lambda: cpu,
-            "intermediate_device": lambda: cpu,
-            "free_memory": lambda size, device: None,
-            "throw_exception_if_processing_interrupted": lambda: None,
-        },
-        "comfy.utils": {"ProgressBar": lambda total: SimpleNamespace(update_absolute=lambda *told: bar.append(told))},
-        "comfy_api": {},
-        "comfy_api.latest": {
-            "ComfyExtension": object,
-            "io": Io(
-                ComfyNode=object,
-                Schema=OldSchema,
-                NodeOutput=Recorder,
-                Custom=lambda name: SimpleNamespace(Input=Input, Output=Recorder),
-            ),
-            "ui": SimpleNamespace(PreviewImage=Recorder, PreviewText=Recorder),
-        },
-    }
-    for name, members in fakes.items():
-        module = ModuleType(name)
-        vars(module).update(members)
-        parent, _, child = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], child, module)
-        monkeypatch.setitem(sys.modules, name, module)
-    spec = importlib.util.spec_from_file_location(NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    pack = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, NAME, pack)
-    spec.loader.exec_module(pack)
-    classes = asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())
-    yield {one.__name__: one for one in classes}
-    for name in [name for name in sys.modules if name.startswith(NAME + ".")]:
-        del sys.modules[name]
-
-
 WIDGETS = {"strength": 24.0, "focus": "auto", "focus_x": 0.5, "focus_y": 0.5, "focus_value": 0.5}
 WIDGETS |= {"depth_values": "near is bright", "follow": False}
 

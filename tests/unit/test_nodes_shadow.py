@@ -16,6 +16,9 @@ HOST_FILES = {
     "nodes.py": "WHOSE = 'the host'\n",
     "comfy/__init__.py": "",
     "comfy/model_management.py": "",
+    "comfy/model_patcher.py": "class ModelPatcher: ...\n",
+    "comfy/ops.py": "",
+    "folder_paths.py": "",
     "comfy/utils.py": "class ProgressBar: ...\n",
     "comfy_api/__init__.py": "",
     "comfy_api/latest.py": """
