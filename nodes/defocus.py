@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import torch
+import torch.nn.functional as F
 from comfy_api.latest import io
 
 from ..bokeh_core.errors import BokehError
 from ..bokeh_core.optics import defocus as optics
 from ..bokeh_core.optics import focus as focusing
-from ..bokeh_core.optics.lens import Aperture
+from ..bokeh_core.optics.lens import STRENGTH_WIDTH, Aperture
 from ..bokeh_core.optics.lens import Lens as CoreLens
 from . import host
 from .schema import Defocus, Depth, FocusTrack, Lens, choice, known, number, switch, whole
@@ -357,7 +359,38 @@ class BokehDefocus(io.ComfyNode):
             overlay[i] = one.overlay(picture[None].float())[0].movedim(0, -1)
             in_focus[i] = one.in_focus_mask()[0]
             step(i + 1, len(pictures))
-        return io.NodeOutput(defocus, overlay, in_focus, ui=host.preview(overlay, cls))
+        return io.NodeOutput(defocus, overlay, in_focus, ui={"bokeh_focus": _views(pictures, defocus, cls)})
+
+
+VIEW = 512  # px, the longer side of the pictures for web/focus_picker.js
+
+
+def _views(pictures, defocus, node):
+    """What web/focus_picker.js shows: up to four frames, each with its depth in 16 bit (red and green) and the numbers of its blur."""
+    frames, height, width = defocus.disparity.shape
+    scale = min(1.0, VIEW / max(height, width))
+    size = [max(1, round(side * scale)) for side in (height, width)]
+    shown = host.spread(frames)
+    photos = F.interpolate(pictures[shown].float(), size=size, mode="area").clamp(0, 1).movedim(1, -1)
+    disparity = F.interpolate(defocus.disparity[shown, None], size=size, mode="nearest-exact")[:, 0]
+    low, high = map(float, disparity.aminmax())
+    levels = ((disparity.double() - low) / max(high - low, 1e-12) * 65535).round()
+    steps = torch.stack([levels // 256, levels % 256, torch.zeros_like(levels)], -1)
+    depths = ((steps + 0.25) / 255).clamp(0, 1).float()  # the host truncates to 8 bit
+    return [
+        {
+            "frame": frame,
+            "photo": photo,
+            "depth": depth,
+            "low": low,
+            "high": high,
+            "focus": float(defocus.focus[frame]),
+            "k": float(defocus.k[frame]),
+            "blur_from": width / STRENGTH_WIDTH,  # px of the image, as Defocus.in_focus_mask
+            "strength": defocus.lens.strength if defocus.lens.f_number is None else 0.0,
+        }
+        for frame, photo, depth in zip(shown, host.temporary(photos, node), host.temporary(depths, node), strict=True)
+    ]
 
 
 def _disparity(depth, values):

@@ -1,6 +1,8 @@
 """The only file that talks to ComfyUI's services: devices, memory, models and their folders, progress, interruption, previews."""
 
 import os
+from dataclasses import replace
+from fractions import Fraction
 
 import folder_paths
 import torch
@@ -39,10 +41,26 @@ def progress():
 
 def preview(images: torch.Tensor, node, most: int = 4) -> ui.PreviewImage:
     """Show images [B,H,W,3] on the node: all of them, or `most` spread evenly from the first to the last."""
-    count = len(images)
-    if count > most:
-        images = images[[round(i * (count - 1) / (most - 1)) for i in range(most)]]
-    return ui.PreviewImage(images, cls=node)
+    return ui.PreviewImage(images[spread(len(images), most)], cls=node)
+
+
+def spread(count: int, most: int = 4) -> list[int]:
+    """All of `count` indices, or `most` spread evenly from the first to the last."""
+    return list(range(count)) if count <= most else [round(i * (count - 1) / (most - 1)) for i in range(most)]
+
+
+def temporary(images: torch.Tensor, node) -> list[dict]:
+    """Save images [B,H,W,3] 0..1 as 8-bit PNG where the front end can fetch them for now: filename, subfolder and type of each."""
+    return ui.PreviewImage(images, cls=node).as_dict()["images"]
+
+
+def video(images: torch.Tensor, rate: float, like=None):
+    """A VIDEO of images [B,H,W,3] at `rate` frames per second, or with sound, rate and all else of `like` (the components of a VIDEO)."""
+    from comfy_api.latest import InputImpl, Types
+
+    if like is None:
+        return InputImpl.VideoFromComponents(Types.VideoComponents(images=images, audio=None, frame_rate=Fraction(rate)))
+    return InputImpl.VideoFromComponents(replace(like, images=images))
 
 
 class Managed:
@@ -103,6 +121,11 @@ def managed(build, tensors: dict[str, torch.Tensor], compute_in=(torch.float16, 
     return Managed(build(operations, tensors), compute)
 
 
+def casting(build, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Managed:
+    """Build a small network that works inside a bigger one: stored in `dtype`, it computes in the dtype of whatever it is given."""
+    return Managed(build(ops.manual_cast, {name: tensor.to(dtype) for name, tensor in tensors.items()}), dtype)
+
+
 def load(models: list[Managed], activations: int) -> None:
     """Bring networks that work together to the compute device, with `activations` bytes left to work in. Call before each phase."""
     model_management.load_models_gpu([model.patcher for model in models], memory_required=activations)
@@ -125,11 +148,14 @@ def _out_of_memory(error: Exception) -> bool:
     return test(error) if test else isinstance(error, model_management.OOM_EXCEPTION)
 
 
-def register_folder(key: str) -> None:
-    """Make models/KEY a model folder of the host, beside any the user's own settings give it."""
+def register_folder(key: str, *suffixes: str) -> None:
+    """Make models/KEY a model folder of the host, beside any the user's own settings give it.
+
+    suffixes  of files to list beside those the host knows; "" for names without one
+    """
     folder_paths.add_model_folder_path(key, os.path.join(folder_paths.models_dir, key))
-    paths, suffixes = folder_paths.folder_names_and_paths[key]
-    folder_paths.folder_names_and_paths[key] = (paths, set(suffixes) | set(folder_paths.supported_pt_extensions))
+    paths, known = folder_paths.folder_names_and_paths[key]
+    folder_paths.folder_names_and_paths[key] = (paths, {*known, *folder_paths.supported_pt_extensions, *suffixes})
 
 
 def model_files(*keys: str) -> list[str]:
@@ -145,3 +171,48 @@ def model_path(name: str, *keys: str) -> str:
         if path:
             return path
     raise BokehError(f"There is no model file '{name}'; put it into models/{keys[0]}, press R to refresh the lists, and choose it again.")
+
+
+def model_folders(*parts: str) -> list[str]:
+    """Names of the folders below models/diffusers, and the user's extra places for it, that hold a network in each of `parts`."""
+    found = set()
+    for place in folder_paths.get_folder_paths("diffusers"):
+        for folder, inner, _ in os.walk(place, followlinks=True):
+            if all(part in inner and os.path.isfile(os.path.join(folder, part, "config.json")) for part in parts):
+                found.add(os.path.relpath(folder, place).replace(os.sep, "/"))
+    return sorted(found)
+
+
+def model_folder_path(name: str, *parts: str) -> str:
+    """The full path of a folder listed by `model_folders(*parts)`. Raises BokehError when it is no longer there."""
+    if name in model_folders(*parts):
+        for place in folder_paths.get_folder_paths("diffusers"):
+            if all(os.path.isdir(os.path.join(place, name, part)) for part in parts):
+                return os.path.join(place, name)
+    raise BokehError(f"There is no model folder '{name}'; put it into models/diffusers, press R to refresh the lists, and choose it again.")
+
+
+def input_file(name: str, *, outputs: bool = False) -> str:
+    """The full path of a file or folder below the host's input folder (`outputs`: or its output folder), named by the user.
+
+    Raises BokehError when it is not there; names that lead elsewhere count as not there.
+    """
+    homes = [folder_paths.get_output_directory()] * outputs + [folder_paths.get_input_directory()]
+    for home in map(os.path.realpath, homes):
+        path = os.path.realpath(os.path.join(home, name))
+        if path.startswith(home + os.sep) and os.path.exists(path):
+            return path
+    raise BokehError(f"There is no '{name}' in ComfyUI's {'output or ' if outputs else ''}input folder; check the name.")
+
+
+def output_folder() -> str:
+    """The host's output folder."""
+    return folder_paths.get_output_directory()
+
+
+def new_output_folder(name: str) -> str:
+    """The path of a folder NAME_00001, NAME_00002, ... below the output folder that is not there yet."""
+    folder, stem, number, *_ = folder_paths.get_save_image_path(name, output_folder())  # it refuses names that lead elsewhere
+    while os.path.exists(path := os.path.join(folder, f"{stem}_{number:05}")):
+        number += 1
+    return path

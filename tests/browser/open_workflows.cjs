@@ -33,7 +33,12 @@ async function run(page) {
   )
   await page.waitForTimeout(1000) // let the pictures be drawn
   return page.evaluate(() =>
-    Object.fromEntries(app.graph._nodes.map((node) => [node.type, app.nodeOutputs[node.id]?.images ?? []]))
+    Object.fromEntries(
+      app.graph._nodes.map((node) => {
+        const output = app.nodeOutputs[node.id]
+        return [node.type, node.type === "BokehDefocus" ? (output?.bokeh_focus ?? []).length : (output?.images ?? [])]
+      })
+    )
   )
 }
 

@@ -15,8 +15,8 @@ FILES = sorted(WORKFLOWS.glob("*.json"))
 
 
 @pytest.fixture(scope="module", params=["classic", "vue"])
-def opened(request, host, tmp_path_factory):
-    """What the front end made of the workflows, on the canvas and with Nodes 2.0."""
+def browse(request, host, tmp_path_factory):
+    """Runs a script in a browser on the host, on the canvas and with Nodes 2.0: browse(script, *arguments) -> the JSON it prints."""
     version = host.get("/system_stats")["system"]["comfyui_version"]
     if request.param == "vue" and tuple(map(int, version.split(".")[:2])) < (0, 4):
         pytest.skip(f"NO NODES 2.0: that of ComfyUI {version} is a first trial, which draws no DOM widgets; 0.8 is tested")
@@ -28,16 +28,32 @@ def opened(request, host, tmp_path_factory):
         or subprocess.run(["node", "-e", "require('playwright-core')"], cwd=HERE, capture_output=True).returncode
     ):
         pytest.skip("NO PLAYWRIGHT: run `npm install playwright-core` in tests/browser, or name its folder in NODE_PATH")
-    profile = tmp_path_factory.mktemp("profile")
-    done = subprocess.run(
-        ["node", "open_workflows.cjs", host.url, browser, str(profile), request.param, *map(str, FILES)],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout) | {"renderer": request.param}
+
+    def run(script, *arguments):
+        profile = tmp_path_factory.mktemp("profile")
+        done = subprocess.run(
+            ["node", script, host.url, browser, str(profile), request.param, *map(str, arguments)],
+            cwd=HERE,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout) | {"renderer": request.param}
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def opened(browse):
+    """What the front end made of the workflows."""
+    return browse("open_workflows.cjs", *FILES)
+
+
+@pytest.fixture(scope="module")
+def picked(browse):
+    """What happened when the focus was set by hand."""
+    return browse("pick_focus.cjs", WORKFLOWS)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -65,7 +81,7 @@ def test_workflow_opens_whole(host, opened, file):
 def test_workflow_runs_from_the_browser(opened, file, saver, previews):
     outputs = opened["workflows"][file]["outputs"]
     assert len(outputs[saver]) == 1
-    assert len(outputs["BokehDefocus"]) == previews, "the node must show its overlay"
+    assert outputs["BokehDefocus"] == previews, "the node must show its frames"
 
 
 def test_nodes_are_drawn_by_the_chosen_renderer(opened):
@@ -79,5 +95,49 @@ def test_measure_shows_its_table_and_saves_nothing_of_it(opened):
     assert scores["saved"] == [] and sorted(scores["inputs"]) == ["defocus", "result", "truth"]
 
 
-def test_no_errors_from_the_pack(opened):
-    assert not [error for error in opened["errors"] if "bokeh" in error.lower()]
+def test_no_errors_from_the_pack(opened, picked):
+    assert not [error for seen in (opened, picked) for error in seen["errors"] if "bokeh" in error.lower()]
+
+
+def test_focus_is_picked_before_the_first_run(picked):
+    before, early = picked["before"], picked["early"]
+    assert before["focus"] == "auto" and before["width"] == 512 and before["seen"] > 100, "the picture from upstream must be shown"
+    assert (early["focus"], early["x"], early["y"]) == ("point", 0.3, 0.6)
+    assert early["sum"] != before["sum"], "the cross must be drawn"
+
+
+def test_focus_is_picked_by_click_drag_and_keys(picked):
+    assert picked["ran"]["sum"] != picked["before"]["sum"], "after a run the zone in focus must be shown"
+    clicked, dragged, nudged = picked["clicked"], picked["dragged"], picked["nudged"]
+    assert (clicked["focus"], clicked["x"], clicked["y"]) == ("point", 0.12, 0.85)
+    assert clicked["sum"] != picked["ran"]["sum"], "the zone must follow at once, before anything is run"
+    assert (dragged["x"], dragged["y"]) == (0.7, 0.4) and (nudged["x"], nudged["y"]) == (0.705, 0.45)
+    assert picked["prompt"]["focus"] == "point" and picked["prompt"]["focus_x"] == 0.705
+    assert "focus_picker" not in picked["prompt"]
+
+
+def test_a_click_changes_the_picture(host, picked):
+    def near_pawn(saved):  # where the click was
+        picture = host.picture(saved).convert("L")
+        width, height = picture.size
+        return picture.crop((int(0.02 * width), int(0.75 * height), int(0.3 * width), int(0.95 * height)))
+
+    def detail(picture):
+        return sum(abs(a - b) for a, b in zip(picture.tobytes(), picture.tobytes()[1:], strict=False))
+
+    assert detail(near_pawn(picked["second"])) > 1.2 * detail(near_pawn(picked["first"]))
+
+
+def test_the_picked_focus_survives_saving_copying_and_subgraphs(picked):
+    again = picked["reloaded"]
+    assert again["values"][1:4] == ["point", 0.705, 0.45] and len(again["values"]) == 7, "the widget must not shift the saved values"
+    assert again["node"] == again["copy"] == {"focus": "point", "focus_x": 0.705, "focus_y": 0.45}
+    assert again["pickers"] == 2
+    if picked["subgraph"] is not None:
+        assert picked["subgraph"]["picker"] and picked["subgraph"]["inputs"]["focus_x"] == 0.705
+
+
+def test_a_keyframe_is_dragged(picked):
+    first, then = picked["track"]
+    assert first.startswith("0: (0.27, 0.72)")
+    assert then == "0: 0.2\n14: 0.5 ease\n20: (0.5, 0.5)"

@@ -27,6 +27,13 @@ class Input:
         self.id, self.default, self.optional, self.tooltip = id, default, optional, tooltip
 
 
+class Preview(Recorder):
+    """Stands for the host's preview: one saved file an image."""
+
+    def as_dict(self):
+        return {"images": [{"filename": f"{i}.png", "subfolder": "", "type": "temp"} for i in range(len(self.args[0]))]}
+
+
 class Patcher:
     """Stands for ComfyUI's model patcher."""
 
@@ -36,7 +43,7 @@ class Patcher:
 
 def fake_folders(root):
     """The host's module of model folders, rooted at `root`; the one folder every ComfyUI has is `loras`."""
-    known = {"loras": ([str(root / "loras")], {".safetensors"})}
+    known = {"loras": ([str(root / "loras")], {".safetensors"}), "diffusers": ([str(root / "diffusers")], {"folder"})}
 
     def add(key, folder):
         known.setdefault(key, ([], set()))
@@ -60,6 +67,7 @@ def fake_folders(root):
         "supported_pt_extensions": {".safetensors", ".pth", ".ckpt", ".pt", ".bin", ".pkl"},
         "add_model_folder_path": add,
         "get_filename_list": listed,
+        "get_folder_paths": lambda key: known[key][0],
         "get_full_path": full,
     }
 
@@ -119,7 +127,7 @@ def nodes(monkeypatch, bar, loads, tmp_path):
                 NodeOutput=Recorder,
                 Custom=lambda name: SimpleNamespace(Input=Input, Output=Recorder),
             ),
-            "ui": SimpleNamespace(PreviewImage=Recorder, PreviewText=Recorder),
+            "ui": SimpleNamespace(PreviewImage=Preview, PreviewText=Recorder),
         },
     }
     for name, members in fakes.items():
