@@ -4,22 +4,26 @@ Heavy imports happen inside the functions, so that `bokeh --help` answers at onc
 """
 
 import argparse
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-from . import __version__
+from . import __version__, any_to_bokeh_cli, depth_cli, models_cli
 from .errors import BokehError
+from .terminal import bar, say
 
 RENDER_HELP = """
 pictures   PNG (8 or 16 bit), JPEG, WebP, TIFF, EXR, .npy ([H, W], [H, W, 3] or [H, W, 4]; always float32 on output)
 clips      a folder of pictures in natural order, or a video file (mp4, mov, mkv, m4v; webm and avi can be read)
 depth      a picture, or for clips also a folder or video with one map per frame. Grey PNG is scaled to 0..1 by its full
-           range (255 or 65535); EXR and .npy values are used as they are, never normalised
+           range (255 or 65535); EXR and .npy values are used as they are, never normalised. Without --depth an installed
+           depth model estimates it ('bokeh models' lists them), one range for the whole clip
 
 examples
+  bokeh render photo.jpg -o out.png
   bokeh render photo.jpg --depth depth.png --focus 812,430 --strength 30 -o out.png
   bokeh render frames/ --depth disparity/ --focus-track "0: 0.9, 48: 0.35 ease" -o out.mp4
   bokeh render photo.jpg --depth metres.exr --depth-unit metres --f-number 1.4 --focal-length 85 --focus-distance 2 -o out.png
@@ -53,7 +57,8 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="bokeh", description="Real depth of field for pictures and video.")
     parser.add_argument("--version", action="version", version=f"bokeh {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | render | synthesize | judge", parser_class=_Parser)
+    names = "demo | render | depth | models | synthesize | judge"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names, parser_class=_Parser)
 
     demo = commands.add_parser("demo", help="render a built-in scene, to see what the renderer does")
     demo.add_argument("-o", "--output", default="bokeh-demo", metavar="DIR", help="folder for the pictures (default: %(default)s)")
@@ -71,7 +76,11 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_render)
     add = command.add_argument
     add("image", metavar="IMAGE", help="picture, folder of frames or video file")
-    add("--depth", required=True, metavar="FILE", help="depth of IMAGE: picture, folder or video; large = near unless told otherwise")
+    add(
+        "--depth",
+        metavar="FILE",
+        help="depth of IMAGE: picture, folder or video; large = near unless told otherwise. Without it a depth model estimates it",
+    )
     add("-o", "--output", required=True, metavar="OUT", help="picture for a picture; video file or folder (no suffix) for a clip")
 
     depth = command.add_argument_group("depth")
@@ -86,6 +95,10 @@ def build_parser() -> argparse.ArgumentParser:
         default="relative",
         help="what the numbers are: relative disparity (default), distance in metres, or disparity in 1/m; the last two need EXR or .npy",
     )
+
+    depth_cli.add_model_options(command.add_argument_group("depth model, for want of --depth"))
+
+    any_to_bokeh_cli.add_options(command)
 
     group = command.add_argument_group("better edges and hidden parts")
     group.add_argument(
@@ -158,6 +171,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--quality", default="fast", metavar="NAME", help="fast (default), or reference: aperture rays, slow")
     group.add_argument("--rays", type=int, default=1024, metavar="N", help="quality reference: rays per pixel (default: 1024)")
     group.add_argument("--overlay", metavar="FILE", help="also write a picture that shows what is in focus (of the first frame)")
+
+    depth_cli.add_command(commands)
+    models_cli.add_commands(commands)
 
     command = commands.add_parser(
         "synthesize",
@@ -248,7 +264,7 @@ def _demo(args: argparse.Namespace) -> None:
         "what is in focus": save("overlay.png", defocus("middle", DEMO_STRENGTH).overlay(image.clamp(0, 1))[0]),
     }
     results = [("near", 1), ("middle", 1), ("far", 1), ("middle", 2)]
-    with _bar(len(results), "rendering") as progress:
+    with bar(len(results), "rendering") as progress:
         for done, (point, times) in enumerate(results, start=1):
             pixels = render(image, defocus(point, times * DEMO_STRENGTH))[0]
             sheet[f"focus {point}, strength {times * DEMO_STRENGTH:g}"] = save(
@@ -286,7 +302,7 @@ def _render(args: argparse.Namespace) -> None:
     from . import media
     from .render import QUALITIES
     from .video.clips import open_clip, write_clip
-    from .video.streaming import DepthClip, MatteClip, PlateClip, render_frames
+    from .video.streaming import MatteClip, PlateClip, render_frames
 
     if args.quality not in QUALITIES:
         raise BokehError(f"The quality '{args.quality}' is unknown; use one of {', '.join(QUALITIES)}.")
@@ -296,53 +312,81 @@ def _render(args: argparse.Namespace) -> None:
     to_video = _check_kind(output, clip, args)
     linear = args.linear or clip.linear
 
-    with _bar(len(clip), "reading depth") as progress:
-        depth = DepthClip(args.depth, len(clip), clip.size, args.depth_unit, args.depth_far_is_bright, progress)
-    matte = plate = None
-    if args.matte:
-        with _bar(len(clip), "reading matte") as progress:
-            matte = MatteClip(args.matte, len(clip), clip.size, progress)
-    if args.clean_plate:
-        plate = PlateClip(args.clean_plate, len(clip), clip.size, lambda p: _in_light(p, args.linear or p.linear, linear))
-    for note in (depth.note, matte.note if matte else ""):
-        if note:
-            _say(note)
-    lens = _lens(args)
-    focus = _focus(args, clip, depth, lens, linear)
-    k = _k(args, lens, focus, depth, clip.size[1])
+    with _depth_of(args, clip, output) as depth:
+        matte = plate = None
+        if args.matte:
+            with bar(len(clip), "reading matte") as progress:
+                matte = MatteClip(args.matte, len(clip), clip.size, progress)
+        if args.clean_plate:
+            plate = PlateClip(args.clean_plate, len(clip), clip.size, lambda p: _in_light(p, args.linear or p.linear, linear))
+        for note in (depth.note, matte.note if matte else ""):
+            if note:
+                say(note)
+        lens = _lens(args)
+        focus = _focus(args, clip, depth, lens, linear)
+        k = _k(args, lens, focus, depth, clip.size[1])
 
-    if args.overlay:
-        _write_overlay(args.overlay, clip, depth, focus, k, lens, linear)
-    with _bar(len(clip), "rendering") as progress:
-        frames = render_frames(
-            clip,
-            depth,
-            focus,
-            k,
-            lens,
-            linear=linear,
-            quality=args.quality,
-            rays=args.rays,
-            matte=matte,
-            plate=plate,
-            snap_edges=args.snap_edges,
-            progress=progress,
-        )
-        exr_out = output.suffix.lower() == ".exr" if clip.is_picture else clip.linear
-        frames = (_in_light(frame, linear, (args.linear or exr_out) and not to_video) for frame in frames)
-        if clip.is_picture:
-            (picture,) = frames
-            if picture.alpha is not None and output.suffix.lower() in (".jpg", ".jpeg"):
-                _say("JPEG holds no transparency; the alpha channel was left out.")
-            media.write_picture(output, picture, args.bits)
-        else:
-            with write_clip(output, clip, rate=args.fps, bits=args.bits) as write:
-                for picture in frames:
-                    write(picture)
+        if args.overlay:
+            _write_overlay(args.overlay, clip, depth, focus, k, lens, linear)
+        with bar(len(clip), "rendering") as progress:
+            if args.renderer == any_to_bokeh_cli.NAME:
+                frames, written = any_to_bokeh_cli.render_frames(
+                    args, clip, depth, focus, k, lambda picture: _in_light(picture, linear, False), output, progress
+                )
+            else:
+                frames, written = (
+                    render_frames(
+                        clip,
+                        depth,
+                        focus,
+                        k,
+                        lens,
+                        linear=linear,
+                        quality=args.quality,
+                        rays=args.rays,
+                        matte=matte,
+                        plate=plate,
+                        snap_edges=args.snap_edges,
+                        progress=progress,
+                    ),
+                    None,
+                )
+            made_linear = linear and args.renderer == "physical"  # the network works on display-encoded pictures
+            exr_out = output.suffix.lower() == ".exr" if clip.is_picture else clip.linear
+            frames = (_in_light(frame, made_linear, (args.linear or exr_out) and not to_video) for frame in frames)
+            if clip.is_picture:
+                (picture,) = frames
+                if picture.alpha is not None and output.suffix.lower() in (".jpg", ".jpeg"):
+                    say("JPEG holds no transparency; the alpha channel was left out.")
+                media.write_picture(output, picture, args.bits)
+            else:
+                with write_clip(output, clip, rate=args.fps, bits=args.bits) as write:
+                    for picture in frames:
+                        write(picture)
+            if written:
+                written()
     print(output)
 
 
+@contextmanager
+def _depth_of(args: argparse.Namespace, clip, output: Path):
+    """Yield the DepthClip of `clip`: the depth file, or maps by an installed depth model."""
+    from .video.streaming import DepthClip
+
+    def opened(source, unit):
+        with bar(len(clip), "reading depth") as progress:
+            return DepthClip(source, len(clip), clip.size, unit, args.depth_far_is_bright, progress)
+
+    if args.depth:
+        yield opened(args.depth, args.depth_unit)
+        return
+    metric = bool(args.exif or args.f_number is not None or args.focus_distance is not None)
+    with depth_cli.estimated(clip, args, metric=metric, beside=output) as maps:
+        yield opened(maps, "metres" if maps.metric else "relative")
+
+
 def _check_options(args: argparse.Namespace) -> None:
+    any_to_bokeh_cli.check(args)
     chosen = {name: getattr(args, name) for name in ("focus", "focus_mask", "focus_disparity", "focus_track")}
     focus = next((_flag(name) for name, value in chosen.items() if value is not None), None)
     amount = "--strength" if args.strength is not None else "--k" if args.k is not None else "--exif" if args.exif else None
@@ -355,9 +399,16 @@ def _check_options(args: argparse.Namespace) -> None:
         raise BokehError(f"{focus} and --focus-distance both set the focus; give only one of them.")
     if args.focus_distance is not None and not args.focus_distance > 0:
         raise BokehError(f"--focus-distance is {args.focus_distance:g} m; expected more than 0.")
-    if args.focus_distance is not None and args.depth_unit == "relative":
+    if args.depth is None and (args.depth_unit != "relative" or args.depth_far_is_bright):
+        raise BokehError("--depth-unit and --depth-far-is-bright say what the numbers of --depth are; give it, or leave them out.")
+    of_depth_model = ("model", "resolution") if args.renderer != "physical" else ("model", "models", "resolution", "device")
+    model = next((name for name in of_depth_model if getattr(args, name)), None)
+    if args.depth is not None and model:
+        raise BokehError(f"--depth and {_flag(model)} do not go together: a depth model estimates depth where no file gives it.")
+    metric = args.depth is None or args.depth_unit != "relative"
+    if args.focus_distance is not None and not metric:
         raise BokehError("--focus-distance needs metric depth; say --depth-unit metres or disparity, or set the focus another way.")
-    if (lens or args.exif) and args.depth_unit == "relative":
+    if (lens or args.exif) and not metric:
         raise BokehError("A real lens needs metric depth; say --depth-unit metres or disparity if the file is, or use --strength.")
     if args.depth_far_is_bright and args.depth_unit != "relative":
         raise BokehError(f"--depth-far-is-bright and --depth-unit {args.depth_unit} do not go together; the unit says what is near.")
@@ -377,11 +428,12 @@ def _check_output(output: Path, args: argparse.Namespace) -> None:
     """No file that is read may be written, and no two outputs may be one."""
     read = {"IMAGE": args.image, "--depth": args.depth, "--focus-mask": args.focus_mask, "--matte": args.matte}
     read |= {"--clean-plate": args.clean_plate, "--aperture-picture": args.aperture_picture}
-    inputs = {Path(name).resolve(): flag for flag, name in read.items() if name}
-    for flag, target in (("-o", output), ("--overlay", args.overlay and Path(args.overlay))):
-        if target and target.resolve() in inputs:
-            raise BokehError(f"{flag} {target} is also {inputs[target.resolve()]}; choose another name, inputs are never overwritten.")
-    if args.overlay and Path(args.overlay).resolve() == output.resolve():
+    real = os.path.realpath  # Path.resolve raises at links that lead in a circle
+    inputs = {real(name): flag for flag, name in read.items() if name}
+    for flag, target in (("-o", output), ("--overlay", args.overlay)):
+        if target and real(target) in inputs:
+            raise BokehError(f"{flag} {target} is also {inputs[real(target)]}; choose another name, inputs are never overwritten.")
+    if args.overlay and real(args.overlay) == real(output):
         raise BokehError(f"-o and --overlay are both {output}; choose two names.")
 
 
@@ -460,7 +512,7 @@ def _focus(args: argparse.Namespace, clip, depth, lens, linear: bool):
         pictures = clip
 
     found = []
-    with _bar(frames if each else 1, "finding focus") as progress:
+    with bar(frames if each else 1, "finding focus") as progress:
         beside = masks if masks is not None else pictures if pictures is not None else [None] * frames
         for disparity, other in zip(depth, beside, strict=False):
             if args.focus is not None:
@@ -555,7 +607,7 @@ def _synthesize(args: argparse.Namespace) -> None:
         raise BokehError(f"{args.output} is a file; expected a folder for the cases.")
     kinds = KINDS if args.kinds is None else args.kinds
     make_scene(kinds[0], args.seed, args.size, photos=args.photos)  # tried first, so that bad settings leave no trace
-    with _bar(args.count, "tracing", "case") as progress:
+    with bar(args.count, "tracing", "case") as progress:
         write_dataset(
             args.output,
             args.count,
@@ -592,7 +644,7 @@ def _judge(args: argparse.Namespace) -> None:
     else:
         cases = seeded_cases(args.seeds or (1, 2))
     ceiling = composite if args.quality == "fast" else partial(trace, rays=1000)  # other rays than the truth's
-    with _bar(len(cases), "judging", "part") as progress:
+    with bar(len(cases), "judging", "part") as progress:
         report = judge_renderer(
             partial(render, linear=True, quality=args.quality),
             cases,
@@ -653,25 +705,6 @@ def _rate(text: str) -> Fraction:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _say(note: str) -> None:
-    print(f"note: {note}", file=sys.stderr)
-
-
-@contextmanager
-def _bar(total: int, what: str, unit: str = "frame"):
-    """Yield progress(done, total), drawn on stderr when that is a terminal."""
-    from tqdm import tqdm
-
-    shape = "{desc}: {percentage:3.0f} % of {total_fmt} {unit}s |{bar}| {elapsed}, {remaining} left"
-    with tqdm(total=total, desc=what, unit=unit, file=sys.stderr, disable=None, bar_format=shape) as bar:
-
-        def progress(done: float, total: int) -> None:  # parts of a frame count too
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from ..bokeh_core.optics import defocus as optics
 from ..bokeh_core.optics import focus as focusing
 from ..bokeh_core.optics.lens import STRENGTH_WIDTH, Aperture
 from ..bokeh_core.optics.lens import Lens as CoreLens
-from . import host
+from . import host, inputs
 from .schema import Defocus, Depth, FocusTrack, Lens, choice, known, number, switch, whole
 
 STRENGTH, REAL_LENS = "strength", "real lens"
@@ -120,10 +120,9 @@ class BokehLens(io.ComfyNode):
         **looks,
     ) -> io.NodeOutput:
         if aperture_picture is not None:
-            shape = list(aperture_picture.shape)
-            aperture_picture = aperture_picture.reshape(-1, *shape[-2:])
+            aperture_picture = inputs.mask(aperture_picture, "aperture_picture")
             if len(aperture_picture) != 1:
-                raise BokehError(f"The aperture picture has shape {shape}; expected one picture. Connect a single mask.")
+                raise BokehError(f"There are {len(aperture_picture)} aperture pictures; expected one. Connect a single mask.")
             aperture_picture = aperture_picture[0].float()
         aperture = Aperture(rotation=blade_rotation, picture=aperture_picture, **looks)
         shared = {"aperture": aperture, "highlights": highlights, "highlight_threshold": highlight_threshold}
@@ -264,8 +263,8 @@ class BokehDefocus(io.ComfyNode):
                     io.MultiType.Input,
                     "depth",
                     Depth,
-                    tooltip="Depth of the same picture, any size: a depth map as image or mask, or the geometry of a MoGe or "
-                    "Depth Anything 3 node. One map for all frames, or one for each.",
+                    tooltip="Depth of the same picture, any size: a depth map as image or mask, or the geometry of Estimate Depth, MoGe "
+                    "or Depth Anything 3. One map for all frames, or one for each.",
                 ),
                 _strength(
                     "How much blur: the radius in pixels, for a picture 1024 pixels wide, that the whole depth range makes. "
@@ -292,7 +291,8 @@ class BokehDefocus(io.ComfyNode):
                     "depth_values",
                     [NEAR_BRIGHT, FAR_BRIGHT, METRES, DIOPTRES],
                     "What the numbers of a depth image mean. near is bright: as most depth nodes make them. "
-                    "metres: distance, as in an EXR from a 3D program. 1 / metres: metric disparity. Geometry inputs ignore this.",
+                    "metres: distance, as in an EXR from a 3D program. 1 / metres: metric disparity. Geometry says by itself whether it "
+                    "is metric; metres overrules it, for models that give metres without saying so.",
                 ),
                 switch(
                     "follow",
@@ -332,20 +332,28 @@ class BokehDefocus(io.ComfyNode):
             focus = "track" if focus_track is not None else "mask" if mask is not None else "auto"
         if focus == "mask" and mask is None:
             raise BokehError("The focus is set to 'mask' but no mask is connected; connect one, or set the focus to 'auto' or 'point'.")
-        lens = lens or CoreLens(strength=strength)
+        inputs.image(image)
+        depth = inputs.depth(depth)
+        if mask is not None:
+            mask = inputs.mask(mask)
+        if focus == "track":
+            inputs.require(focus_track, focusing.FocusTrack, "focus_track", "Pull Focus Over Time")
+        lens = CoreLens(strength=strength) if lens is None else inputs.require(lens, CoreLens, "lens", "Choose Lens")
         pictures = image[..., :3].movedim(-1, 1)
         disparity, metric = _disparity(depth, depth_values)
-        disparity = optics.fit_disparity(disparity.to(image.device), len(pictures), *pictures.shape[2:])
+        disparity = _fitted(disparity.to(image.device), pictures)
 
         if focus == "track":
             if len(pictures) == 1:  # a still becomes a clip
                 length = focus_track.keys[-1].frame + 1
+                if length > LONGEST:
+                    raise BokehError(f"The focus track ends at frame {length - 1}; a still becomes a clip of at most {LONGEST} frames.")
                 pictures, disparity = pictures.expand(length, -1, -1, -1), disparity.expand(length, -1, -1)
             planes = focus_track.values(len(pictures), disparity)
         elif focus == "auto" and lens.focus_distance is not None:
             planes = None  # make_defocus takes the lens's own
         else:
-            every = slice(None) if follow or (focus == "mask" and mask.ndim == 3 and len(mask) > 1) else slice(1)
+            every = slice(None) if follow or (focus == "mask" and len(mask) > 1) else slice(1)
             planes = _planes(focus, disparity[every], pictures[every].float(), focus_x, focus_y, focus_value, mask)
         if planes is not None:
             lens = replace(lens, focus_distance=None)  # the plane found in the picture is where the lens is focused
@@ -362,6 +370,7 @@ class BokehDefocus(io.ComfyNode):
         return io.NodeOutput(defocus, overlay, in_focus, ui={"bokeh_focus": _views(pictures, defocus, cls)})
 
 
+LONGEST = 10_000  # frames of a clip made from a still; more is a slip of the keyboard
 VIEW = 512  # px, the longer side of the pictures for web/focus_picker.js
 
 
@@ -396,13 +405,28 @@ def _views(pictures, defocus, node):
 def _disparity(depth, values):
     """(disparity [B, H, W], is it metric?) of whatever is connected to the depth input."""
     if isinstance(depth, dict):
-        return optics.disparity_from_geometry(depth), True
+        return optics.disparity_from_geometry(depth, metres=values == METRES)
     if depth.ndim == 4 and values in (METRES, DIOPTRES):
         depth = depth[..., 0]
     if values == METRES:
         return optics.disparity_from_distance(depth), True
     read = optics.disparity_from_image if depth.ndim == 4 else optics.disparity_from_mask
     return read(depth, inverted=values == FAR_BRIGHT), values == DIOPTRES
+
+
+def _fitted(disparity, pictures):
+    """Disparity [B, h, w] at the size of the pictures; much smaller maps, one per picture, get the pictures' edges."""
+    (h, w), (height, width) = disparity.shape[1:], pictures.shape[2:]
+    if len(disparity) != len(pictures) or min(height / h, width / w) < 1.5:
+        return optics.fit_disparity(disparity, len(pictures), height, width)
+    from ..bokeh_core.depth.upsampling import guided_upsample
+
+    fitted = disparity.new_empty(pictures.shape[0], height, width)
+    step = host.progress()
+    for i, picture in enumerate(pictures):
+        step(i, len(pictures))
+        fitted[i] = guided_upsample(disparity[i : i + 1], picture[None], align_corners=False)[0]
+    return fitted
 
 
 def _planes(focus, disparity, pictures, x, y, value, mask):

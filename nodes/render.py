@@ -3,9 +3,11 @@
 from comfy_api.latest import io
 
 from ..bokeh_core.errors import BokehError
+from ..bokeh_core.optics.defocus import Defocus as CoreDefocus
 from ..bokeh_core.optics.defocus import fit_disparity
 from ..bokeh_core.render import QUALITIES, render
-from . import host
+from ..bokeh_core.video.stabilisation import find_shots
+from . import host, inputs
 from .schema import Defocus, choice, known, switch, whole
 
 BYTES_PER_PIXEL = 1000  # working memory of one frame, measured generously
@@ -80,20 +82,20 @@ class BokehRender(io.ComfyNode):
     def execute(
         cls, image, defocus, quality=QUALITIES[0], linear=False, matte=None, clean_plate=None, rays=1024, snap_edges=False
     ) -> io.NodeOutput:
-        frames, (_, height, width, channels) = len(image), image.shape
+        frames, height, width, channels = inputs.image(image).shape
+        inputs.require(defocus, CoreDefocus, "defocus", "Set Focus and Blur")
         steps = len(defocus.focus)
         if frames != steps and 1 not in (frames, steps):
             raise BokehError(
                 f"The image has {frames} frames and the defocus {steps}; the counts must be equal, or one of them 1. "
                 "Connect the same frames to both nodes."
             )
-        if channels not in (3, 4):
-            raise BokehError(f"The image has {channels} channels; expected 3 (RGB) or 4 (RGB and alpha).")
         if matte is not None:
-            matte = matte.reshape(-1, *matte.shape[-2:])
+            matte = inputs.mask(matte, "matte")
             _check_count("matte", matte, frames)
             matte = fit_disparity(matte.float(), len(matte), height, width)
         if clean_plate is not None:
+            inputs.image(clean_plate, "clean_plate")
             _check_count("clean plate", clean_plate, frames)
             plates_height, plates_width = clean_plate.shape[1:3]
             if (plates_height, plates_width) != (height, width):
@@ -105,8 +107,10 @@ class BokehRender(io.ComfyNode):
         host.make_room(height * width * BYTES_PER_PIXEL)
         result = image.new_empty((max(frames, steps), height, width, channels), device=host.output_device())
         result[..., 3:] = image[..., 3:]
+        step = host.progress()
+        pictures = image[..., :3].movedim(-1, 1)
         render(
-            image[..., :3].movedim(-1, 1),
+            pictures,
             defocus,
             linear=linear,
             quality=quality,
@@ -114,11 +118,19 @@ class BokehRender(io.ComfyNode):
             matte=matte,
             clean_plate=clean_plate,
             snap_edges=snap_edges,
-            progress=host.progress(),
+            shots=find_shots(_watched(pictures, step)) if frames > 1 else None,
+            progress=step,
             device=host.compute_device(),
             out=result[..., :3].movedim(-1, 1),
         )
         return io.NodeOutput(result)
+
+
+def _watched(pictures, step):
+    """The pictures one by one, so that the search for cuts can be interrupted."""
+    for picture in pictures:
+        step(0, len(pictures))
+        yield picture
 
 
 def _check_count(name, batch, frames):

@@ -29,7 +29,7 @@ def lora_pairs(tensors: dict[str, torch.Tensor], prefixes: tuple[str, ...] = ("u
     if lonely:
         raise BokehError(f"{len(lonely)} LoRA modules have only one of their two tensors, for example {lonely[0]}; the file is incomplete.")
     for module in down:
-        if down[module].shape[0] != up[module].shape[1]:
+        if down[module].shape[0] != up[module].shape[1] or any(side != 1 for side in up[module].shape[2:]):
             raise BokehError(f"LoRA {module}: A {list(down[module].shape)} and B {list(up[module].shape)} do not fit together.")
     return {module: (down[module], up[module]) for module in down}
 

@@ -125,6 +125,7 @@ def _correlated(scene: Scene, radii: list[torch.Tensor]) -> list[torch.Tensor | 
 
 BLURRED = 0.75  # px; below this a layer's edge blocks no part of the aperture that matters
 UNTOUCHED = 1e-5  # linear light; at black a thirtieth of an 8-bit step
+BRIGHTEST, WIDEST = 1e12, 1e9  # linear light, px of blur radius: what arithmetic in float32 bears
 RIM_DOUBT = 0.3  # square-root light; below this change a guessed rim stays as it was
 
 
@@ -156,6 +157,7 @@ def render(
     clean_plate: torch.Tensor | None = None,
     snap_edges: bool = False,
     cuts: list[float] | None = None,
+    shots: list[int] | None = None,
     progress: Progress | None = None,
     device: torch.device | str | None = None,
     out: torch.Tensor | None = None,
@@ -170,6 +172,8 @@ def render(
     clean_plate  [B or 1, 3, H, W] in the image's light: the scene without the subject (with a matte), or the farthest surroundings alone
     snap_edges  move depth edges that are off by a few pixels to where the colours change (without a matte)
     cuts      layer thresholds shared by a whole shot (see shot_cuts); measured on this batch when not given
+    shots     numbers of the frames at which shots begin (see video.stabilisation.find_shots), when the batch has several: the
+              thresholds are then measured for each
     progress  called as progress(frames done, frames), with fractions of a frame, after each tile of work; may raise to interrupt
     device    where to compute, one frame at a time; None = where the image is
     out       [B, 3, H, W] tensor to write the result to; None = a new one like the image
@@ -203,20 +207,28 @@ def render(
 
     def light(batch: torch.Tensor, i: int, name: str) -> torch.Tensor:
         picture = frame(batch, i)
-        if not bool(picture.isfinite().all()):
-            raise BokehError(f"{name} {i} holds values that are not numbers (NaN or infinite). Repair it before rendering.")
-        return picture if linear else to_linear(picture)
+        picture = picture if linear else to_linear(picture)
+        if not bool((picture.abs() <= BRIGHTEST).all()):
+            raise BokehError(f"{name} {i} holds values that are not numbers (NaN, infinite) or no light. Repair it before rendering.")
+        return picture
 
     def cover(i: int) -> torch.Tensor | None:
         return None if matte is None else frame(matte, i).clamp(0, 1)
 
-    if cuts is None:
-        sample = sorted({round(n * (frames - 1) / 7) for n in range(8)})
+    def measured(start: int, end: int) -> list[float]:
+        """Layer thresholds of the frames from start to before end."""
+        sample = sorted({start + round(n * (end - start - 1) / 7) for n in range(8)})
         mattes = None if matte is None else torch.stack([cover(i) for i in sample])
-        cuts = shot_cuts(torch.stack([frame(defocus.disparity, i) for i in sample]), max(abs(v) for v in k), mattes)
+        strongest = max(abs(v) for v in (k[start:end] if maps > 1 else k))
+        return shot_cuts(torch.stack([frame(defocus.disparity, i) for i in sample]), strongest, mattes)
+
+    starts = sorted({0, *(shots or ())})
+    ends = dict(zip(starts, [*starts[1:], frames], strict=True)) if cuts is None else {}
     if out is None:
         out = image.new_empty(frames, 3, height, width)
     for i in range(frames):
+        if i in ends:
+            cuts = measured(i, ends[i])
         j = i if maps > 1 else 0
         if k[j] == 0:
             out[i] = image[i if pictures > 1 else 0]
@@ -230,6 +242,11 @@ def render(
             original = frame(image, i)
             picture = light(image, i, "Picture")
             disparity = frame(defocus.disparity, i)
+            widest = float((k[j] * (disparity - focus[j])).abs().max())
+            if not widest <= WIDEST:
+                raise BokehError(
+                    f"The blur radius comes to {widest:.3g} px; check the blur strength, and that depth in metres is in metres."
+                )
             source = recover_highlights(picture, defocus.lens, k[j] * (disparity - focus[j]))
             plate = None if clean_plate is None else light(clean_plate, i, "Clean plate")
             disparity = harden_edges(disparity, k[j])

@@ -166,13 +166,14 @@ def check_clip_target(path: str | Path) -> bool:
 
 
 @contextlib.contextmanager
-def write_clip(path: str | Path, source: Frames | VideoFile, *, rate: Fraction | None = None, bits: int | None = None):
+def write_clip(path: str | Path, source: Frames | VideoFile, *, rate: Fraction | None = None, bits: int | None = None, suffix: str = ""):
     """Yield write(picture), to be called once per frame in order. The clip appears whole at the end, or not at all.
 
     A folder gets the frames of `source` under their own names (a video's frames: 00000.png, ...) as PNG, TIFF, EXR or .npy like
     the source, other formats as PNG. A video file gets H.264 (yuv420p, BT.709, crf 16); odd sizes grow by one repeated row or
     column, the frame times of a source video are kept and its sound is copied when the new file can hold it.
-    rate: frames per second of a video made from a folder (default 24). bits: as in media.write_picture.
+    rate: frames per second of a video made from a folder (default 24). bits: as in media.write_picture. suffix: of the frames in
+    a folder, in place of the one above.
     """
     path = Path(path)
     if check_clip_target(path):
@@ -183,17 +184,17 @@ def write_clip(path: str | Path, source: Frames | VideoFile, *, rate: Fraction |
             yield encoder.write
             encoder.finish()
     else:
-        names = iter(frame_names(source))
+        names = iter(frame_names(source, suffix))
         with _atomic_folder(path) as temporary:
             yield lambda picture: media.write_picture(temporary / next(names), picture, bits)
 
 
-def frame_names(source: Frames | VideoFile) -> list[str]:
-    """File names for the frames of a clip made from `source`."""
+def frame_names(source: Frames | VideoFile, suffix: str = "") -> list[str]:
+    """File names for the frames of a clip made from `source`, all with `suffix` if one is given."""
     if isinstance(source, VideoFile):
-        return [f"{index:05d}.png" for index in range(len(source))]
-    kept = (".png", ".tif", ".tiff", ".exr", ".npy")
-    names = [file.name if file.suffix.lower() in kept else f"{file.stem}.png" for file in source.files]
+        return [f"{index:05d}{suffix or '.png'}" for index in range(len(source))]
+    kept = (".png", ".tif", ".tiff", ".exr", ".npy") if not suffix else ()
+    names = [file.name if file.suffix.lower() in kept else f"{file.stem}{suffix or '.png'}" for file in source.files]
     if len(set(names)) < len(names):
         double = next(name for name in names if names.count(name) > 1)
         raise BokehError(f"{source.path}: two frames would both be written as {double}; rename one of them.")

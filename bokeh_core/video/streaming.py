@@ -37,7 +37,7 @@ def chunks(items: Iterable[T], length: int) -> Iterator[list[T]]:
 class DepthClip:
     """The disparity of a clip, frame by frame, larger = nearer, in one unit and range.
 
-    path           picture (serves every frame), folder or video
+    path           picture (serves every frame), folder or video; or one that is already open, or behaves like it
     frames, size   number and (height, width) of the frames it belongs to; maps of another size are resized to them
     unit           "relative": as stored, near = large; "metres": distance, becomes 1/m; "disparity": 1/m
     far_is_bright  relative maps only: values are mirrored, v -> low + high - v with (low, high) the clip's span
@@ -54,8 +54,8 @@ class DepthClip:
     def __init__(
         self, path: str | Path, frames: int, size: tuple[int, int], unit="relative", far_is_bright=False, progress: Progress = None
     ):
-        self.source: Frames | VideoFile = open_clip(path)
-        self.path, self.frames, self.size, self.unit, self.far_is_bright = Path(path), frames, size, unit, far_is_bright
+        self.source: Frames | VideoFile = open_clip(path) if isinstance(path, str | Path) else path
+        self.path, self.frames, self.size, self.unit, self.far_is_bright = self.source.path, frames, size, unit, far_is_bright
         self.metric = unit != "relative"
         if far_is_bright and self.metric:
             raise BokehError(f"Depth in {unit} says by itself what is near; leave far-is-bright out.")

@@ -28,6 +28,8 @@ HEIGHT, WIDTH = 40, 56
 def here(tmp_path, monkeypatch):
     """An empty working folder with photo.png, depth.npy (a near square, 0.8, on a far slope, 0.1 to 0.3) and depth.png."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no models"))
     Image.fromarray(array8()).save("photo.png")
     np.save("depth.npy", depth())
     Image.fromarray(np.round(depth() * 65535).astype(np.uint16)).save("depth.png")
@@ -688,7 +690,7 @@ def make_bad_files():
         # options
         (PHOTO, "-o/--output"),
         (["render", "photo.png", "-o", "out.png"], "--depth"),
-        ([], "demo | render | synthesize | judge"),
+        ([], "demo | render | depth | models"),
         (["fly"], "fly"),
         ([*PHOTO, "-o", "out.png", "--quality", "best"], "'best' is unknown"),
         ([*PHOTO, "-o", "out.png", "--focus", "3,3", "--focus-disparity", 0.5], "not allowed with"),
