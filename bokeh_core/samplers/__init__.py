@@ -1,0 +1,1 @@
+"""Diffusion samplers: each a published system that renders bokeh from released weights."""
