@@ -1,0 +1,210 @@
+"""The nodes of MagicBokeh: bokeh and restoration of a photo in one diffusion step."""
+
+from dataclasses import dataclass
+
+from comfy_api.latest import io
+
+from ..bokeh_core.errors import BokehError
+from ..bokeh_core.optics.defocus import fit_disparity
+from ..bokeh_core.samplers.magicbokeh.checkpoint import MagicBokeh, read_blueprints
+from ..bokeh_core.samplers.magicbokeh.sampler import COLOUR_FIXES, FIDELITIES, MODES, enlarged_size, render
+from . import host
+from .schema import Defocus, MagicBokehModel, choice, files, known, number, whole
+
+BASES, OWN = "checkpoints", "loras"  # model folders; bases may be diffusers folders too
+PARTS = ("unet", "vae")  # what is needed of a diffusers folder
+GET_BASE = (
+    "put the folder stable-diffusion-2-1-base (its unet, vae and scheduler; https://huggingface.co/Manojb/stable-diffusion-2-1-base) into "
+    "models/diffusers, or v2-1_512-ema-pruned.safetensors into models/checkpoints"
+)
+GET_OWN = "put lora.pkl from https://huggingface.co/LinxiaoShi/Magicbokeh into models/loras"
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedMagicBokeh(MagicBokeh):
+    """The networks under the host's memory management."""
+
+    @property
+    def patcher(self):
+        return self.unet.patcher
+
+    def get_models(self):
+        return [part.patcher for part in (self.unet, self.controlnet, self.encoder, self.decoder)]
+
+
+def _bases() -> list[str]:
+    """Folders and files that may hold SD 2.1, those that say so first."""
+
+    def other(name):
+        name = name.lower().replace(".", "-").replace("_", "-")
+        return not any(words in name for words in ("2-1-base", "2-1-512", "21-base"))
+
+    return sorted([*host.model_folders(*PARTS), *host.model_files(BASES)], key=lambda name: (other(name), name))
+
+
+def _own() -> list[str]:
+    """Files that may be MagicBokeh's, the converted one first, then the released one."""
+
+    def place(name):
+        last = name.lower().rpartition("/")[2]
+        return last != "magicbokeh.safetensors", last != "lora.pkl", "magicbokeh" not in name.lower(), name
+
+    return sorted(host.model_files(OWN), key=place)
+
+
+class BokehLoadMagicBokeh(io.ComfyNode):
+    """MagicBokeh from local files."""
+
+    @classmethod
+    def define_schema(cls):
+        return known(
+            io.Schema,
+            node_id="BokehLoadMagicBokeh",
+            display_name="Load MagicBokeh",
+            category="bokeh/render",
+            description="Loads MagicBokeh for Render with MagicBokeh: Stable Diffusion 2.1-base and MagicBokeh's own file, put together. "
+            "The files are read as data; nothing in them is run. Other files are refused.",
+            search_aliases=["magicbokeh", "magic bokeh", "stable diffusion 2.1", "one step bokeh", "loader", "bokeh", "restoration"],
+            inputs=[
+                files(
+                    "base",
+                    _bases(),
+                    "Stable Diffusion 2.1-base (the 512 px model, not the 768 px one): a folder in models/diffusers that holds unet and "
+                    "vae, or a file in models/checkpoints. Only UNet and VAE are used.",
+                ),
+                files(
+                    "magicbokeh",
+                    _own(),
+                    "MagicBokeh's own file in models/loras: lora.pkl as released, or magicbokeh.safetensors made from it with "
+                    "'bokeh models convert', which loads faster.",
+                ),
+            ],
+            outputs=[MagicBokehModel.Output(display_name="magicbokeh", tooltip="Connect to Render with MagicBokeh.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, base=None, magicbokeh=None):
+        return True  # a file that is not there is explained below
+
+    @classmethod
+    def execute(cls, base=None, magicbokeh=None) -> io.NodeOutput:
+        for name, found, what, get in ((base, _bases(), "base model", GET_BASE), (magicbokeh, _own(), "MagicBokeh file", GET_OWN)):
+            if not name or name not in found:
+                missing = f"There is no {what} '{name}'" if name else f"No {what} is installed"
+                raise BokehError(f"{missing}: {get}, press R to refresh the lists, and choose it.")
+        folder = base in host.model_folders(*PARTS)
+        path = host.model_folder_path(base, *PARTS) if folder else host.model_path(base, BASES)
+        parts, scaling_factor = read_blueprints(path, host.model_path(magicbokeh, OWN))
+        networks = {name: host.managed(part.build, part.tensors, part.compute_in) for name, part in parts.items()}
+        return io.NodeOutput(LoadedMagicBokeh(**networks, scaling_factor=scaling_factor))
+
+
+class MagicBokehRender(io.ComfyNode):
+    """Bokeh and restoration in one step."""
+
+    @classmethod
+    def define_schema(cls):
+        return known(
+            io.Schema,
+            node_id="MagicBokehRender",
+            display_name="Render with MagicBokeh",
+            category="bokeh/render",
+            description="Restores a zoomed, noisy or low-resolution photo and renders depth of field into it, in one diffusion step. "
+            "Unlike Render Bokeh it redraws the whole picture, what is in focus too. Without a defocus, or at strength "
+            "0, it only restores.",
+            search_aliases=[
+                *("magicbokeh", "magic bokeh", "bokeh", "dof", "depth of field", "lens blur", "portrait mode", "one step"),
+                *("restore", "restoration", "denoise", "super resolution", "upscale", "zoom", "phone photo"),
+            ],
+            inputs=[
+                known(io.Image.Input, "image", tooltip="A photo, or several; any size. Alpha, if any, is kept as it is."),
+                known(MagicBokehModel.Input, "magicbokeh", tooltip="From Load MagicBokeh."),
+                choice(
+                    "fidelity",
+                    FIDELITIES,
+                    "best: exact depth, repeatable, no rounding to 8 bits. as published: all habits of the authors' script, with its "
+                    "colour fix of the whole picture.",
+                ),
+                choice(
+                    "mode",
+                    MODES,
+                    "exact: patches of 512 px that overlap by half, as published. fast: large tiles and less overlap, less than half the "
+                    "work; differs slightly. One patch alone is the same.",
+                ),
+                choice(
+                    "colour_fix",
+                    COLOUR_FIXES,
+                    "How colours are brought back to the photo's. in-focus parts: judged by what is sharp, so blur stays soft. whole "
+                    "picture: as published, adds contrast against blur. wavelet: the photo's coarse colours, may show halos at wide blur. "
+                    "none. 'as published' always takes the whole picture.",
+                ),
+                number(
+                    "upscale",
+                    1.0,
+                    1.0,
+                    4.0,
+                    0.25,
+                    "Enlarges the photo this many times before it is restored; the result is that much larger. 1 keeps the size. For small "
+                    "or heavily zoomed photos: the network restores at the size it is given.",
+                ),
+                known(
+                    Defocus.Input,
+                    "defocus",
+                    optional=True,
+                    tooltip="Depth, focus and blur strength from the node Set Focus and Blur. Not connected: restoration alone. The "
+                    "network knows blur radii up to 32 px; more is a guess.",
+                ),
+                known(
+                    io.Mask.Input,
+                    "subject",
+                    optional=True,
+                    tooltip="Focus on this instead of the focus of the defocus: a mask of the subject, any size, one for all or one for "
+                    "each frame. best: the median depth of the mask, by its weight. as published: every pixel that is not black counts.",
+                ),
+                whole(
+                    "random_seed",
+                    0,
+                    0,
+                    2**32 - 1,
+                    1,
+                    "Used by 'as published' only, which adds a little noise to the photo's latent; the authors never fix it.",
+                    optional=True,
+                    advanced=True,
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The restored image with bokeh, of the same size times upscale.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, image, magicbokeh, fidelity, mode, colour_fix, upscale=1.0, defocus=None, subject=None, random_seed=0
+    ) -> io.NodeOutput:
+        pictures, height, width, channels = image.shape
+        if channels not in (3, 4):
+            raise BokehError(f"The image has {channels} channels; expected 3 (RGB) or 4 (RGB and alpha).")
+        if subject is not None and defocus is None:
+            raise BokehError("A subject is connected but no defocus; connect Set Focus and Blur, or disconnect the subject.")
+        if subject is not None:
+            subject = subject.reshape(-1, *subject.shape[-2:]).float()
+            subject = fit_disparity(subject, len(subject), height, width)
+        frames = max(pictures, len(defocus.focus) if defocus is not None else 1)
+        size = enlarged_size(height, width, upscale)
+        result = image.new_empty((frames, *size, channels), device=host.output_device())
+        if channels == 4:
+            result[..., 3] = fit_disparity(image[..., 3], frames, *size)
+        render(
+            magicbokeh,
+            image[..., :3].movedim(-1, 1),
+            defocus,
+            subject=subject,
+            fidelity=FIDELITIES[fidelity],
+            mode=mode,
+            colour_fix=colour_fix,
+            upscale=upscale,
+            seed=random_seed,
+            progress=host.progress(),
+            load=host.load,
+            shrinking=host.shrinking,
+            out=result[..., :3].movedim(-1, 1),
+        )
+        return io.NodeOutput(result)
