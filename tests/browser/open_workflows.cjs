@@ -1,12 +1,13 @@
 // Opens ComfyUI's front end in headless Chromium, loads each workflow as if a user dropped its file on the canvas, and runs it.
-// node open_workflows.cjs URL CHROMIUM PROFILE_FOLDER RENDERER WORKFLOW.json ...
+// node open_workflows.cjs URL CHROMIUM PROFILE_FOLDER RENDERER OPEN_ONLY WORKFLOW.json ...
+// OPEN_ONLY: names of workflows that are opened but not run, with commas between.
 // RENDERER: classic (canvas) or vue (Nodes 2.0). Prints one JSON object: what the front end made of each workflow, what Measure
 // Against Truth showed beside photo_physical, and every error on the console.
 const fs = require("fs")
 const path = require("path")
 const { chromium } = require("playwright-core")
 
-const [url, executablePath, profile, renderer, ...files] = process.argv.slice(2)
+const [url, executablePath, profile, renderer, openOnly, ...files] = process.argv.slice(2)
 const args = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
 
 async function open(page, file) {
@@ -23,20 +24,22 @@ async function open(page, file) {
   }, workflow)
 }
 
-// Presses Run and waits for the last node; returns what each node shows.
+// Presses Run and waits until nothing is queued; returns what each node shows.
 async function run(page) {
   await page.evaluate(() => app.queuePrompt(0))
-  await page.waitForFunction(
-    () => app.graph._nodes.some((node) => /^Save/.test(node.type) && app.nodeOutputs[node.id]?.images),
-    null,
-    { timeout: 240000 }
-  )
+  const end = Date.now() + 400000
+  for (let idle = 0; idle < 2; ) {
+    if (Date.now() > end) throw new Error("the workflow did not end")
+    await page.waitForTimeout(400)
+    const queue = await page.evaluate(async () => (await fetch("/queue")).json())
+    idle = queue.queue_running.length + queue.queue_pending.length ? 0 : idle + 1
+  }
   await page.waitForTimeout(1000) // let the pictures be drawn
   return page.evaluate(() =>
     Object.fromEntries(
       app.graph._nodes.map((node) => {
         const output = app.nodeOutputs[node.id]
-        return [node.type, node.type === "BokehDefocus" ? (output?.bokeh_focus ?? []).length : (output?.images ?? [])]
+        return [node.type, node.type === "BokehDefocus" ? (output?.bokeh_focus ?? []).length : (output?.images ?? []).length]
       })
     )
   )
@@ -93,7 +96,7 @@ async function main() {
     for (const file of files) {
       const name = path.basename(file, ".json")
       workflows[name] = await open(page, file)
-      workflows[name].outputs = await run(page)
+      if (!openOnly.split(",").includes(name)) workflows[name].outputs = await run(page)
       workflows[name].drawn = await page.evaluate(() => document.querySelectorAll("[data-node-id]").length)
       if (name === "photo_physical") scores = await measure(page)
       await page.screenshot({ path: path.join(profile, name + ".png") })

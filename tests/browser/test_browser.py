@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.stand_ins.everything import write_all
+
 from ..host.comfy import NOTES, WORKFLOWS, to_api
 
 HERE = Path(__file__).parent
@@ -44,10 +46,14 @@ def browse(request, host, tmp_path_factory):
     return run
 
 
+OPEN_ONLY = ["bokeh_stack_kontext"]  # its FLUX model is loaded by core's nodes, for which there is no tiny stand-in of that name
+
+
 @pytest.fixture(scope="module")
-def opened(browse):
-    """What the front end made of the workflows."""
-    return browse("open_workflows.cjs", *FILES)
+def opened(host, browse):
+    """What the front end made of the workflows, with stand-ins for all model files they name."""
+    write_all(host.base / "models")
+    return browse("open_workflows.cjs", ",".join(OPEN_ONLY), *FILES)
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +80,13 @@ def test_workflow_opens_whole(host, opened, file):
     assert not NOTES & {node["class_type"] for node in seen["prompt"].values()}
 
 
-@pytest.mark.parametrize(
-    ("file", "saver", "previews"),
-    [("photo_physical", "SaveImage", 1), ("photo_matte_and_lens", "SaveImage", 1), ("video_focus_pull", "SaveVideo", 4)],
-)
-def test_workflow_runs_from_the_browser(opened, file, saver, previews):
+@pytest.mark.parametrize("file", [file.stem for file in FILES if file.stem not in OPEN_ONLY])
+def test_workflow_runs_from_the_browser(opened, file):
     outputs = opened["workflows"][file]["outputs"]
-    assert len(outputs[saver]) == 1
-    assert outputs["BokehDefocus"] == previews, "the node must show its frames"
+    shown = {kind: count for kind, count in outputs.items() if kind.startswith(("Save", "Preview"))}
+    assert shown and all(shown.values()), f"each of these should have shown a result: {shown}"
+    if "BokehDefocus" in outputs:
+        assert outputs["BokehDefocus"] == (4 if file.startswith("video") else 1), "the node must show its frames"
 
 
 def test_nodes_are_drawn_by_the_chosen_renderer(opened):

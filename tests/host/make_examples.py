@@ -56,6 +56,11 @@ def main():
     # RGB, because ComfyUI 0.33 reads grey PNGs 0.4 % too dark.
     Image.fromarray(to_bytes(scene["disparity"])).convert("RGB").save(folder / "bokeh_demo_depth.png", optimize=True)
     thumbnail("photo_physical", scene["image"], scene["disparity"], focusing.auto(scene["disparity"][None], scene["image"][None]))
+    # With a depth model the picture differs by the model's mistakes only; the scene's own depth shows what the workflow is for.
+    thumbnail(
+        "photo_depth_physical", scene["image"], scene["disparity"], focusing.from_point(scene["disparity"][None], 0.19, 0.66), Lens(36)
+    )
+    thumbnail("photo_subject_focus", scene["image"], scene["disparity"], focusing.from_point(scene["disparity"][None], 0.57, 0.5), Lens(36))
     branch = scene["layers"].layers[-1].alpha
     plate = to_display(flatten(Scene(scene["layers"].layers[:-1]))[0])
     Image.fromarray(to_bytes(branch)).convert("RGB").save(folder / "bokeh_demo_branch_matte.png", optimize=True)
@@ -67,6 +72,7 @@ def main():
     images, depths = zip(*demo_clip(frames=FRAMES, width=480, height=320), strict=True)
     write_video(folder / "bokeh_demo_clip.mp4", [to_bytes(image) for image in images], crf=18)
     write_video(folder / "bokeh_demo_clip_depth.mp4", [to_bytes(depth) for depth in depths], crf=12)
+    thumbnail("video_depth_physical", images[-1], depths[-1], focusing.from_point(depths[-1][None], 0.62, 0.45))
     thumbnail("video_focus_pull", images[0], depths[0], focusing.from_point(depths[0][None], 0.27, 0.72))
 
 
