@@ -7,6 +7,7 @@ FOLDER/manifest.jsonl                     one line: paths and K
 """
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def _read_entries(path: Path) -> list[dict]:
         else:
             entries = json.loads(text)
             entries = entries if isinstance(entries, list) else [entries]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BokehError(f"{path} is not valid JSON ({error}).") from error
     if not entries or not all(isinstance(entry, dict) for entry in entries):
         raise BokehError(f"{path} holds no stack; expected one JSON object a line.")
@@ -142,17 +143,17 @@ def _index_of(about: dict, home: Path) -> dict:
     if not isinstance(about.get("stack_index"), str):
         return {}
     file = home / about["stack_index"]
-    return _read_entries(file)[0] if file.is_file() else {}
+    return _read_entries(file)[0] if os.path.isfile(file) else {}  # of a name too long Path.is_file raises
 
 
 def _inside(home: Path, name: str, manifest: Path) -> Path:
     """A picture named by a manifest; one that has moved with its folder is found by the end of its path."""
     path = home / str(name)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     for parts in (2, 1):
         moved = home.joinpath(*Path(str(name)).parts[-parts:])
-        if moved.is_file():
+        if os.path.isfile(moved):
             return moved
     raise BokehError(f"{manifest} names the picture {name}, which is not there; keep the stack's files together.")
 

@@ -122,7 +122,9 @@ class BokehLens(io.ComfyNode):
         if aperture_picture is not None:
             aperture_picture = inputs.mask(aperture_picture, "aperture_picture")
             if len(aperture_picture) != 1:
-                raise BokehError(f"There are {len(aperture_picture)} aperture pictures; expected one. Connect a single mask.")
+                raise BokehError(
+                    f"The aperture picture has shape {list(aperture_picture.shape)}; expected one picture. Connect a single mask."
+                )
             aperture_picture = aperture_picture[0].float()
         aperture = Aperture(rotation=blade_rotation, picture=aperture_picture, **looks)
         shared = {"aperture": aperture, "highlights": highlights, "highlight_threshold": highlight_threshold}
@@ -381,7 +383,7 @@ def _views(pictures, defocus, node):
     size = [max(1, round(side * scale)) for side in (height, width)]
     shown = host.spread(frames)
     photos = F.interpolate(pictures[shown].float(), size=size, mode="area").clamp(0, 1).movedim(1, -1)
-    disparity = F.interpolate(defocus.disparity[shown, None], size=size, mode="nearest-exact")[:, 0]
+    disparity = F.interpolate(defocus.disparity[shown, None], size=size, mode="nearest-exact")[:, 0].cpu()  # not all devices have float64
     low, high = map(float, disparity.aminmax())
     levels = ((disparity.double() - low) / max(high - low, 1e-12) * 65535).round()
     steps = torch.stack([levels // 256, levels % 256, torch.zeros_like(levels)], -1)

@@ -4,7 +4,8 @@ from comfy_api.latest import io, ui
 
 from ..bokeh_core.errors import BokehError
 from ..bokeh_core.metrics.compare import EDGE_BAND, compare
-from . import host
+from ..bokeh_core.optics.defocus import Defocus as CoreDefocus
+from . import host, inputs
 from .schema import Defocus, known
 
 
@@ -51,9 +52,12 @@ class BokehMeasure(io.ComfyNode):
 
     @classmethod
     def execute(cls, result, truth, mask=None, defocus=None) -> io.NodeOutput:
-        frames, (height, width) = len(result), result.shape[1:3]
+        frames, height, width = inputs.image(result, "result").shape[:3]
+        inputs.image(truth, "truth")
         if mask is not None:
-            mask = mask.reshape(-1, *mask.shape[-2:])
+            mask = inputs.mask(mask)
+        if defocus is not None:
+            inputs.require(defocus, CoreDefocus, "defocus", "Set Focus and Blur")
         depth = None if defocus is None else defocus.disparity
         for name, batch, size in (
             ("truth", truth, truth.shape[1:3]),

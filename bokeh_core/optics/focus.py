@@ -209,7 +209,7 @@ def _keys_from_text(text):
 def _keys_from_json(text):
     try:
         pieces = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise BokehError(f"The track starts like JSON but can not be read: {error}.") from error
     for piece in pieces:
         try:
@@ -224,7 +224,7 @@ def _keys_from_json(text):
                 value = (float(x), float(y))
             else:
                 value = float(value)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise BokehError(
                 f"The track has a piece {json.dumps(piece)} that can not be read; write "
                 '{"frame": 24, "value": 0.35, "easing": "ease"} or [24, 0.35, "ease"].'

@@ -21,7 +21,7 @@ class Aperture:
     blades                  number of straight blades, 0 or less than 3 = round
     rotation                degrees, counter-clockwise
     roundness               0 straight blade edges .. 1 full circle
-    anamorphic              height / width of the ball, > 0 (2 = tall oval)
+    anamorphic              0.1 .. 10, height / width of the ball (2 = tall oval)
     cats_eye                0 .. 1, clipping of the ball that grows towards the corners
     spherical               -1 .. 1: > 0 soap-bubble rim behind the focus plane, < 0 creamy; the sign flips in front of it
     onion                   0 .. 1, strength of the rings
@@ -46,7 +46,7 @@ class Aperture:
             _require_range(name, getattr(self, name), 0.0, 1.0)
         for name in ("spherical", "chromatic_longitudinal", "chromatic_lateral"):
             _require_range(name, getattr(self, name), -1.0, 1.0)
-        _require_positive("anamorphic", self.anamorphic)
+        _require_range("anamorphic", self.anamorphic, 0.1, 10.0)
         if self.blades < 0 or self.blades != int(self.blades):
             raise BokehError(f"The aperture has {self.blades} blades; give a whole number, 0 for a round aperture or 3 and more.")
         if not math.isfinite(self.rotation):
@@ -124,7 +124,8 @@ class Lens:
         if not self.is_physical:
             if not disparity_range > 0:
                 raise BokehError(f"The disparity range is {disparity_range}; expected more than 0.")
-            return torch.full_like(focus, self.strength * width / STRENGTH_WIDTH / disparity_range, dtype=torch.float32)
+            k = self.strength * width / STRENGTH_WIDTH / disparity_range
+            return torch.full_like(focus, k if k <= torch.finfo(torch.float32).max else math.inf, dtype=torch.float32)
         if not metric:
             raise BokehError(
                 "This lens has an f-number and a focal length, which need depth in metres, but the depth map is relative (0..1). "

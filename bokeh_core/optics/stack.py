@@ -66,8 +66,14 @@ def stack_radius(k: float, defocus: Defocus, *, per_dioptre: bool) -> float:
     if per_dioptre:
         if not defocus.metric:
             raise BokehError("K per dioptre needs depth in metres, but this depth is relative; use K of the whole depth range instead.")
-        return px
+        return _sane(px, k)
     low, high = (float(d) for d in (defocus.disparity.aminmax() if defocus.metric else clip_span(defocus.disparity)))
     if high <= low:
         raise BokehError("The depth map is constant, so K of the whole depth range has no meaning; check the depth.")
-    return px / (high - low)
+    return _sane(px / (high - low), k)
+
+
+def _sane(px, k):
+    if not px <= 1e9:
+        raise BokehError(f"K = {k:g} is too large for this depth map; the usual K are 1 to 30.")
+    return px

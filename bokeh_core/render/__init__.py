@@ -213,7 +213,12 @@ def render(
         return picture
 
     def cover(i: int) -> torch.Tensor | None:
-        return None if matte is None else frame(matte, i).clamp(0, 1)
+        if matte is None:
+            return None
+        one = frame(matte, i).clamp(0, 1)
+        if bool(one.isnan().any()):
+            raise BokehError(f"Matte {i} holds values that are not numbers (NaN). Repair it before rendering.")
+        return one
 
     def measured(start: int, end: int) -> list[float]:
         """Layer thresholds of the frames from start to before end."""
