@@ -2,11 +2,50 @@
 
 from comfy_api.latest import ComfyExtension
 
+from .any_to_bokeh import AnyToBokehRender, BokehLoadAnyToBokeh, BokehMPIMasks
+from .bokehdiff import BokehDiffRender, BokehLoadBokehDiff
 from .defocus import BokehDefocus, BokehFocusTrack, BokehLens
+from .depth import BokehEstimateDepth, BokehLoadDepthModel
 from .inspect import BokehMeasure
+from .magicbokeh import BokehLoadMagicBokeh, MagicBokehRender
+from .refine import BokehDepthFromSweep, BokehRefineDepth
 from .render import BokehRender
+from .salient import BokehLoadSalientModel, BokehSalientMask
+from .stack import (
+    BokehGenerateStack,
+    BokehLoadStack,
+    BokehSaveStack,
+    BokehStackAdapter,
+    BokehStackFromImages,
+    BokehStackRendered,
+)
 
-NODES = [BokehLens, BokehFocusTrack, BokehDefocus, BokehRender, BokehMeasure]
+NODES = [
+    BokehLoadDepthModel,
+    BokehEstimateDepth,
+    BokehRefineDepth,
+    BokehDepthFromSweep,
+    BokehLens,
+    BokehFocusTrack,
+    BokehDefocus,
+    BokehRender,
+    BokehMeasure,
+    BokehLoadSalientModel,
+    BokehSalientMask,
+    BokehStackAdapter,
+    BokehGenerateStack,
+    BokehStackRendered,
+    BokehStackFromImages,
+    BokehSaveStack,
+    BokehLoadStack,
+    BokehLoadBokehDiff,
+    BokehDiffRender,
+    BokehLoadMagicBokeh,
+    MagicBokehRender,
+    BokehLoadAnyToBokeh,
+    AnyToBokehRender,
+    BokehMPIMasks,
+]
 
 
 class BokehExtension(ComfyExtension):

@@ -126,6 +126,12 @@ def casting(build, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Mana
     return Managed(build(ops.manual_cast, {name: tensor.to(dtype) for name, tensor in tensors.items()}), dtype)
 
 
+def vae_dtype() -> torch.dtype:
+    """The dtype the host and the user's flags want for a VAE; not float16, in which Stable Diffusion's VAEs overflow."""
+    dtype = model_management.vae_dtype(model_management.get_torch_device(), [torch.bfloat16])
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def load(models: list[Managed], activations: int) -> None:
     """Bring networks that work together to the compute device, with `activations` bytes left to work in. Call before each phase."""
     model_management.load_models_gpu([model.patcher for model in models], memory_required=activations)
@@ -197,8 +203,8 @@ def input_file(name: str, *, outputs: bool = False) -> str:
 
     Raises BokehError when it is not there; names that lead elsewhere count as not there.
     """
-    homes = [folder_paths.get_output_directory()] * outputs + [folder_paths.get_input_directory()]
-    for home in map(os.path.realpath, homes):
+    homes = [*([output_folder()] if outputs else []), folder_paths.get_input_directory()]
+    for home in map(os.path.realpath, homes if "\0" not in name else ()):  # no name holds a NUL, and Python's own error is no sentence
         path = os.path.realpath(os.path.join(home, name))
         if path.startswith(home + os.sep) and os.path.exists(path):
             return path

@@ -11,9 +11,17 @@ from comfy_api.latest import io
 Defocus = io.Custom("BOKEH_DEFOCUS")
 Lens = io.Custom("BOKEH_LENS")
 FocusTrack = io.Custom("BOKEH_FOCUS_TRACK")
+AnyToBokehModel = io.Custom("BOKEH_ANY_TO_BOKEH")
+Stack = io.Custom("BOKEH_STACK")
+SalientModel = io.Custom("BOKEH_SALIENT_MODEL")
+DepthModel = io.Custom("BOKEH_DEPTH_MODEL")
+MagicBokehModel = io.Custom("BOKEH_MAGICBOKEH_MODEL")
+BokehDiffModel = io.Custom("BOKEH_BOKEHDIFF_MODEL")
+# {"depth": [B,H,W] metres or "disparity": [B,H,W] larger = nearer, "metric": bool, "image": [B,H,W,3], perhaps "intrinsics": [B,3,3] px}
+Geometry = io.Custom("BOKEH_GEOMETRY")
 
 # Core's geometry packets; named here because ComfyUI older than 0.22 / 0.25 has no node that makes them.
-Depth = [io.Image, io.Mask, io.Custom("MOGE_GEOMETRY"), io.Custom("DA3_GEOMETRY")]
+Depth = [io.Image, io.Mask, Geometry, io.Custom("MOGE_GEOMETRY"), io.Custom("DA3_GEOMETRY")]
 
 
 def known(make, *args, **keywords):
@@ -32,9 +40,17 @@ def whole(id, default, low, high, step, tooltip, **more):
     return known(io.Int.Input, id, default=default, min=low, max=high, step=step, tooltip=tooltip, **more)
 
 
-def choice(id, options, tooltip):
+def choice(id, options, tooltip, **more):
     """A COMBO widget; the first option is the default."""
-    return known(io.Combo.Input, id, options=list(options), default=next(iter(options)), tooltip=tooltip)
+    return known(io.Combo.Input, id, options=list(options), default=next(iter(options)), tooltip=tooltip, **more)
+
+
+def files(id, names, tooltip):
+    """A COMBO widget of local files. Optional, because with an empty list no value is sent: the node then says what to do.
+
+    The node's validate_inputs must name it, so that a file that is not there reaches the node's own message too.
+    """
+    return known(io.Combo.Input, id, options=list(names), default=next(iter(names), None), optional=True, tooltip=tooltip)
 
 
 def switch(id, on, off, tooltip, **more):

@@ -4,6 +4,7 @@ DSFA sits behind the vision transformer: it rewrites the tapped, normed patch to
 the transformer itself never see it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -105,13 +106,11 @@ class DSFABlock(nn.Module):
         bias = -self.config.alibi_scale * (k[:, :, None] - k[:, None, :]).abs()
         bias = bias.repeat_interleave(y.shape[2], dim=0)
         rows = rearrange(y, "b f p d -> (b p) f d")
-        rows = self._focus_rows(rows, bias, 1 if reference_only else y.shape[1])
+        normed = self.ln_focus_attn(rows)
+        x = rows[:, :1] if reference_only else rows
+        x = x + cast(self.gamma_focus_attn, x) * (self.focus_attn.first(normed, bias) if reference_only else self.focus_attn(normed, bias))
+        rows = x + cast(self.gamma_focus_ffn, x) * self.focus_ffn(self.ln_focus_ffn(x))
         return rearrange(rows, "(b p) f d -> b f p d", b=batch)
-
-    def _focus_rows(self, y: torch.Tensor, bias: torch.Tensor, queries: int) -> torch.Tensor:
-        x = y[:, :queries]
-        x = x + cast(self.gamma_focus_attn, y) * self.focus_attn(self.ln_focus_attn(y), bias, queries)
-        return x + cast(self.gamma_focus_ffn, y) * self.focus_ffn(self.ln_focus_ffn(x))
 
 
 class DSFAAttention(nn.Module):
@@ -144,6 +143,29 @@ class DSFAAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, :queries].to(q.dtype))
         return self.out_proj(rearrange(y, "b heads l d -> b l (heads d)"))
 
+    def first(
+        self,
+        x: torch.Tensor,  # [B, L, D]
+        bias: torch.Tensor,  # [B, L, L]
+    ) -> torch.Tensor:
+        """[B, 1, D] what `forward` gives for the first token.
+
+        One query needs no keys and values: q.(K x) = (K^T q).x, and a mean of V x is V of the mean, so the work does not grow with L.
+        This reads the weights outside their layer, so only where they are plain; a host that streams them gets the ordinary form.
+        """
+        from einops import rearrange
+
+        if type(self.qkv) is not nn.Linear:
+            return self(x, bias, queries=1)
+        to_q, to_k, to_v = (part.unflatten(0, (self.heads, -1)) for part in self.qkv.weight.chunk(3))
+        bias_q, _, bias_v = (part.unflatten(0, (self.heads, -1)) for part in self.qkv.bias.chunk(3))  # a key's bias moves all logits alike
+        q = rearrange(F.linear(x[:, 0], to_q.flatten(0, 1), bias_q.flatten()), "b (heads d) -> heads b d", heads=self.heads)
+        asked = rearrange(torch.bmm(q * q.shape[-1] ** -0.5, to_k), "heads b c -> b heads c")
+        weights = (asked @ x.mT + bias[:, :1]).float().softmax(-1).to(x)
+        mean = rearrange(weights @ x, "b heads c -> heads b c")
+        y = torch.baddbmm(bias_v[:, None], mean, to_v.mT)
+        return self.out_proj(rearrange(y, "heads b d -> b 1 (heads d)"))
+
 
 class _MLP(nn.Module):
     def __init__(self, width: int, ops):
@@ -160,11 +182,15 @@ def fuse(
     taps: list[torch.Tensor],  # of the reference, [B, 1 + P, D] each
     stack: dict[int, torch.Tensor],  # by tap, [B, N, P, D] patches of the stack
     k: torch.Tensor | None,  # [B, N]
+    tick: Callable[[int], None] | None = None,  # told how many blocks are done
 ) -> list[torch.Tensor]:
     """The taps of the reference, those with a block rewritten; class tokens stay."""
-    taps = list(taps)
+    taps, done = list(taps), 0
     for tap, block in blocks.items():
         taps[tap] = torch.cat([taps[tap][:, :1], block(taps[tap][:, 1:], stack[tap], k)], dim=1)
+        done += 1
+        if tick:
+            tick(done)
     return taps
 
 

@@ -10,6 +10,7 @@ from ..errors import BokehError
 from ..optics.stack import BokehStack
 from . import estimate, unidepth
 from .checkpoint import DepthModel, DepthModelInfo
+from .dsfa import fuse
 from .preprocessing import RESOLUTION, network_input, network_size, to_size
 from .unidepth import BEST, Fit, Quirks, UniDepthConfig
 
@@ -159,6 +160,7 @@ def encode(
             if tap not in kept:
                 kept[tap] = found[tap].new_empty(1, len(frames), *found[tap][0, 1:].shape)
             kept[tap][:, i - 1] = found[tap][:, 1:]
+        del found  # before the next picture needs the room
         if progress:
             progress(i + 1, len(frames) + 2)
     return Features(taps, kept, size, network, fit, quirks)
@@ -187,12 +189,12 @@ def decode(
         raise BokehError(f"There are {count} blurred pictures and {len(k)} values of K; expected one K for each picture.")
     taps = list(features.taps)
     if count and (uni or k is not None):
-        k = None if k is None else k[None]
-        for i, (tap, block) in enumerate(network.blocks.items()):
-            patches = block(taps[tap][:, 1:], features.stack[tap], k)
-            taps[tap] = torch.cat([taps[tap][:, :1], patches], dim=1)
+
+        def tick(done):
             if progress:
-                progress(count + 1 + (i + 1) / (len(network.blocks) + 1), count + 2)
+                progress(count + 1 + done / (len(network.blocks) + 1), count + 2)
+
+        taps = fuse(network.blocks, taps, features.stack, None if k is None else k[None], tick)
     if uni:
         low, refined = _decode_unidepth(network, taps, features, camera)
     else:
@@ -220,17 +222,16 @@ def _decode_unidepth(network, taps, features: Features, camera) -> tuple[torch.T
 def activation_bytes(info: DepthModelInfo, height: int, width: int, frames: int, resolution: int = RESOLUTION, itemsize: int = 4) -> int:
     """Bytes that `refine` needs beside the weights, at most, for a stack of `frames` pictures of height x width px.
 
-    What one picture needs, and per patch the features that are kept of all of them, or DSFA's focus step over them: keys, values,
-    queries and what they are made of.
+    What one picture needs, or DSFA's focus step over all of them: six times their tokens; beside the features that are kept.
     """
     config = info.config
-    token, patch = config.vit.width, config.vit.patch
+    patch, taps, rewritten = config.vit.patch, len(config.vit.taps), len(config.dsfa.taps)
     if isinstance(config, UniDepthConfig):
         network = unidepth.fit(height, width, config, pixels=unidepth.bounds(config, resolution)).network
         alone = unidepth.activation_bytes(config, network[0] // patch * (network[1] // patch), 1, itemsize)
     else:
         network = network_size(height, width, resolution)
         alone = estimate.activation_bytes(info, height, width, 1, False, resolution, itemsize)
-    kept = 2 * len(config.vit.taps) + frames * len(config.dsfa.taps)
-    fusion = 12 * (frames + 1)
-    return alone + itemsize * network[0] // patch * (network[1] // patch) * token * (kept + fusion) + 4 * 16 * height * width
+    tokens = itemsize * config.vit.width * (network[0] // patch) * (network[1] // patch)
+    fusion = (taps + 6 * (frames + 1) + 2) * tokens
+    return max(alone, fusion) + (frames + 1) * rewritten * tokens + 4 * 24 * height * width

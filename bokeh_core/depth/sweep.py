@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from ..errors import BokehError
 from ..optics.stack import STACK_WIDTH, BokehStack
+from ..render.fill import harmonic_fill
 from ..render.light import to_display, to_linear
 from ..render.rays import vogel_disk
 from .preprocessing import to_size
@@ -34,6 +35,7 @@ WINDOW = 3.0  # sigma of the surroundings
 MISMATCH = 0.02  # differences count up to this much: else one strong edge decides for all its surroundings
 NOISE = 0.004  # of good pictures
 MOST_RADIUS = 64.0
+UNSURE, SURE = 0.1, 0.5  # confidences between which a pixel's own measurement comes to count when gaps are filled
 LEAST_STEP, STEP = 0.5, 0.07  # radii in question: at least so far apart, and so much of the radius
 
 
@@ -115,7 +117,7 @@ def depth_from_sweep(
     radii, variance, mismatch = measure_radii(reference, frames, largest, progress)
     offset, confidence = combine(k, radii, variance, mismatch)
     if fill:
-        offset = fill_in(offset, confidence, reference.shape[-1] / 32)
+        offset = harmonic_fill(offset[None], ((confidence - UNSURE) / (SURE - UNSURE)).clamp(0, 1))[0]
     behind = torch.ones_like(offset, dtype=torch.bool)
     if side == FRONT:
         behind = ~behind
@@ -231,33 +233,24 @@ def combine(k: torch.Tensor, radii: torch.Tensor, variance: torch.Tensor, mismat
     """(offset [H, W], confidence [H, W] 0..1) of radii measured in frames of strengths k [N]: the published plain fit.
 
     The confidence falls to a half where the offset is uncertain by 3 % of the largest one (by the curvature of the match, or by how
-    far the frames disagree), or where a mean difference of 0.01 in display values is left.
+    far the frames disagree), where a mean difference of 0.01 in display values is left, or where offsets in the window differ by 15 %
+    of the largest one: near a depth edge the stronger texture decides for both sides.
     """
     offset, _ = slope(k, radii)
     _, spread = slope(k, radii, variance.reciprocal())
     each = radii / k.view(-1, 1, 1)
     spread = spread + (each - offset).square().mean(0)
     largest = offset.flatten().kthvalue(max(round(0.98 * offset.numel()), 1)).values.clamp(min=1e-6)
-    return offset, 1 / (1 + spread / (0.03 * largest) ** 2 + mismatch.square().mean(0) / 0.01**2)
-
-
-def fill_in(offset: torch.Tensor, confidence: torch.Tensor, sigma: float) -> torch.Tensor:
-    """[H, W] offsets, drawn towards the mean of their surroundings, by confidence, the more the less sure they are."""
-    from kornia.filters import gaussian_blur2d
-
-    sigma = max(sigma, 1.0)
-    size = 2 * math.ceil(2 * sigma) + 1
-    weight = confidence.square()[None, None]
-    sums = gaussian_blur2d(torch.cat([weight * offset, weight], dim=1), (size, size), (sigma, sigma), border_type="replicate")
-    around = sums[0, 0] / sums[0, 1].clamp(min=1e-8)
-    share = confidence / (confidence + 0.1)
-    return torch.where(sums[0, 1] > 1e-8, share * offset + (1 - share) * around, offset)
+    size = 4 * round(WINDOW) + 1
+    around = [F.max_pool2d(x[None, None], size, 1, size // 2)[0, 0] for x in (offset, -offset)]
+    edge = (around[0] + around[1]) / (0.15 * largest)
+    return offset, 1 / (1 + spread / (0.03 * largest) ** 2 + mismatch.square().mean(0) / 0.01**2 + edge**2)
 
 
 def focus_of(depth: torch.Tensor, offset: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
     """The disparity in `depth` [H, W] (any scale) that is in focus: the one for which |depth - focus| is most like the offsets [H, W]."""
     few = slice(None, None, max(1, depth.numel() >> 16))
-    d, o, w = (x.flatten()[few].double() for x in (depth, offset, confidence))
+    d, o, w = (x.flatten()[few].cpu().double() for x in (depth, offset, confidence))
     candidates = torch.quantile(d, torch.linspace(0, 1, 101, dtype=d.dtype, device=d.device))
     away = (d - candidates[:, None]).abs()
     scale = (w * away * o).sum(1) / (w * away.square()).sum(1).clamp(min=1e-12)

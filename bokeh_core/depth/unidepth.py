@@ -455,8 +455,11 @@ def _resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def activation_bytes(config: UniDepthConfig, patches: int, pictures: int, itemsize: int) -> int:
-    """Bytes that the network needs for its activations, at most: the widest place of the transformer, or the decoder's last maps."""
-    area, maps = config.vit.patch**2, config.hidden // 8 + 34
-    vit = itemsize * 14 * config.vit.width
-    decoder = itemsize * (4 * config.vit.width + 12 * config.hidden + 4 * 16 * config.hidden) + 4 * area * (2 * maps + 12)
-    return pictures * patches * max(vit, decoder)
+    """Bytes that the network needs for its activations, at most, for pictures of so many patches.
+
+    Per patch: 14 times the width of a token in the transformer; or in the decoder the taps, its features, the latent map at 8 times
+    the patches' resolution, and in float32 the last maps: twice hidden / 8 channels at full size beside 32 of the last convolution.
+    """
+    token, hidden = config.vit.width, config.hidden
+    decoder = itemsize * (len(config.vit.taps) * token + 32 * hidden) + 4 * config.vit.patch**2 * (hidden // 4 + 58)
+    return pictures * patches * max(itemsize * 14 * token, decoder)

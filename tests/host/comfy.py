@@ -41,6 +41,7 @@ class Host:
         for folder in ("custom_nodes", "input", "output", "temp", "user", "models"):
             (base / folder).mkdir(parents=True)
         self.pack = install(base / "custom_nodes")
+        shutil.copy(Path(__file__).with_name("stand_in_nodes.py"), base / "custom_nodes")
         (base / "user" / "default").mkdir()
         settings = {"Comfy.TutorialCompleted": True}  # else the front end opens on its template browser
         (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(settings))

@@ -13,11 +13,12 @@ import torch
 
 @dataclass(frozen=True)
 class Case:
-    """One recorded case: its name, the JSON (`meta`) and the tensors by name (empty when it has none)."""
+    """One recorded case: its name, the JSON (`meta`), the tensors by name (empty when it has none), and the folder of its neighbours."""
 
     name: str
     meta: dict
     tensors: dict[str, torch.Tensor]
+    folder: Path = Path()
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def load_case(stem: Path) -> Case:
 
     tensors = stem.parent / (stem.name + ".safetensors")
     meta = json.loads((stem.parent / (stem.name + ".json")).read_text(encoding="utf-8"))
-    return Case(stem.name, meta, load_file(tensors) if tensors.exists() else {})
+    return Case(stem.name, meta, load_file(tensors) if tensors.exists() else {}, stem.parent)
 
 
 def run_case(stem: Path) -> Outcome:

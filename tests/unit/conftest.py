@@ -1,4 +1,4 @@
-"""One thread for every unit test, and a stand-in for ComfyUI to load the nodes in."""
+"""A stand-in for ComfyUI to load the nodes in."""
 
 import asyncio
 import importlib.util
@@ -107,6 +107,7 @@ def nodes(monkeypatch, bar, loads, tmp_path):
             "unet_offload_device": lambda: cpu,
             "unet_dtype": lambda **keywords: torch.float32,
             "unet_manual_cast": lambda *given: None,
+            "vae_dtype": lambda *given: torch.float32,
             "load_models_gpu": lambda models, memory_required=0: loads.append(models),
             "soft_empty_cache": lambda: None,
             "OOM_EXCEPTION": torch.OutOfMemoryError,
@@ -145,12 +146,3 @@ def nodes(monkeypatch, bar, loads, tmp_path):
     yield {one.__name__: one for one in classes}
     for name in [name for name in sys.modules if name.startswith(NAME + ".")]:
         del sys.modules[name]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The work is small pieces, and sums come out the same on every machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

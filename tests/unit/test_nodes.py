@@ -31,8 +31,7 @@ def defocus(nodes, image, depth, **inputs):
 
 
 def test_newer_words_are_dropped_for_an_older_host(nodes):
-    names = {"BokehLens", "BokehFocusTrack", "BokehDefocus", "BokehRender", "BokehMeasure"}
-    assert {one.define_schema().node_id for one in nodes.values()} == names
+    assert {one.define_schema().node_id for one in nodes.values()} == set(SAVED_WIDGETS)
 
 
 # The values of a saved graph's widgets are told apart by their places alone, so this list may only grow at its ends.
@@ -42,10 +41,29 @@ SAVED_WIDGETS = {
         *("blades", "cats_eye", "highlights", "blade_rotation", "roundness", "anamorphic", "spherical", "onion"),
         *("chromatic_longitudinal", "chromatic_lateral", "highlight_threshold"),
     ],
+    "BokehLoadDepthModel": ["kind", "attention"],  # and first of all `model`, a list that is empty here
+    "BokehEstimateDepth": ["frames", "resolution", "edges", "steadiness"],
+    "BokehRefineDepth": ["k", "resolution", "edges", "fidelity"],
+    "BokehDepthFromSweep": ["side", "focus_distance", "as_measured", "edges"],
     "BokehFocusTrack": ["keyframes"],
     "BokehDefocus": ["strength", "focus", "focus_x", "focus_y", "focus_value", "depth_values", "follow"],
     "BokehRender": ["quality", "linear", "rays", "snap_edges"],
     "BokehMeasure": [],
+    "BokehLoadSalientModel": [],  # a list that is empty here
+    "BokehSalientMask": ["threshold"],
+    "BokehLoadAnyToBokeh": ["vae", "image_encoder", "mpi_masks"],  # and first of all `model`, a list that is empty here
+    "AnyToBokehRender": ["fidelity", "resolution", "cuts", "frame_rate", "random_seed"],
+    "BokehMPIMasks": ["level", "rule"],
+    "BokehStackAdapter": ["k_values"],  # and a list that is empty here
+    "BokehGenerateStack": ["k_values", "steps", "guidance", "seed", "resolution", "fidelity", "colours", "prompt"],
+    "BokehStackRendered": ["k_values", "k_per"],
+    "BokehStackFromImages": ["k_from", "k_values", "f_numbers", "photos", "focus_distance"],
+    "BokehSaveStack": ["folder"],
+    "BokehLoadStack": ["manifest", "entry"],
+    "BokehLoadBokehDiff": [],  # three lists that are empty here
+    "BokehDiffRender": ["fidelity", "random_seed"],
+    "BokehLoadMagicBokeh": [],  # two lists that are empty here
+    "MagicBokehRender": ["fidelity", "mode", "colour_fix", "upscale", "random_seed"],
 }
 
 
@@ -73,7 +91,7 @@ def test_every_word_is_translated(nodes, language):
             assert len(parts) == 2 and all(parts), f"{name}: {text}"
             assert not any(sign in part for part in parts for sign in "{}@|"), f"signs the front end would interpret: {text}"
     categories = json.loads((folder / "main.json").read_text(encoding="utf-8"))["nodeCategories"]
-    assert set(categories) == {"bokeh", "optics", "render", "inspect"}
+    assert set(categories) >= {"bokeh", "depth", "optics", "render", "inspect"}
 
 
 def test_every_kind_of_depth_reaches_the_same_blur(nodes, scene):
@@ -84,7 +102,9 @@ def test_every_kind_of_depth_reaches_the_same_blur(nodes, scene):
         (depth, {"depth_values": "1 / metres"}),
         (depth[..., 0], {"depth_values": "1 / metres"}),
         (1 / depth, {"depth_values": "metres"}),
-        ({"depth": 1 / depth[..., 0], "image": image[:1]}, {}),
+        ({"depth": 1 / depth[..., 0], "image": image[:1], "normal": image[:1]}, {}),
+        ({"depth": 1 / depth[..., 0], "image": image[:1], "metric": True}, {}),
+        ({"depth": 1 / depth[..., 0], "image": image[:1], "mode": "mono"}, {"depth_values": "metres"}),
     ]
     radii = [defocus(nodes, image, kind, lens=lens, focus="point", **more)[0].signed_radius() for kind, more in ways]
     for radius in radii:
@@ -209,6 +229,23 @@ def test_matte_and_plate_reach_the_renderer(nodes, scene):
     # The channels beyond RGB of a plate mean nothing, and one plate serves all frames.
     alpha = torch.cat([plate[:1], torch.rand(1, 40, 60, 1)], -1)
     assert torch.equal(nodes["BokehRender"].execute(image, plan, matte=small[0], clean_plate=alpha).args[0], result)
+
+
+def test_each_shot_of_a_clip_has_its_own_layers(nodes):
+    """Two photos joined, four depths each: rendered together they must be what each is alone."""
+    y, x = torch.arange(48.0)[:, None], torch.arange(72.0)[None]
+    bands = torch.tensor([0.0, 0.1, 0.2, 0.3])
+    one, two = bands[(x // 18).long()] + 0 * y, bands[(y // 12).long()] + 0 * x
+    light, other = 0.2 + 0.2 * torch.sin(x / 2) * torch.sin(y / 3), 0.6 + 0.3 * torch.sin(0.4 * x + 0.9 * y)
+    image = torch.stack([one + light] * 3 + [other - two] * 3)[..., None].repeat(1, 1, 1, 3)
+    depth = torch.stack([one] * 3 + [two + 0.6] * 3)[..., None]
+    plan = defocus(nodes, image, depth, focus="value", focus_value=0.3, strength=400.0)[0]
+    (result,) = nodes["BokehRender"].execute(image, plan).args
+    for shot in (slice(0, 3), slice(3, 6)):
+        alone = defocus(nodes, image[shot], depth[shot], focus="value", focus_value=0.3, strength=400.0)[0]
+        assert torch.equal(nodes["BokehRender"].execute(image[shot], alone).args[0], result[shot])
+    together = render(image.movedim(-1, 1), plan).movedim(1, -1)
+    assert not torch.equal(together, result), "one set of layers for both would be another picture"
 
 
 def test_snapping_reaches_the_renderer(nodes, scene):

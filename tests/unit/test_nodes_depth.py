@@ -173,7 +173,7 @@ def test_an_interruption_passes_through(nodes, folder, clip, monkeypatch):
 
 @pytest.mark.parametrize("name", [RELATIVE, METRIC, VIDEO])
 def test_models_are_listed_with_subfolders(nodes, folder, name):
-    (combo, _) = nodes["BokehLoadDepthModel"].define_schema().inputs
+    (combo, *_) = nodes["BokehLoadDepthModel"].define_schema().inputs
     assert combo.optional and combo.default == min(RELATIVE, METRIC, VIDEO)
     assert load(nodes, name).info.video == (name == VIDEO)
 

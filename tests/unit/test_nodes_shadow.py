@@ -18,7 +18,12 @@ HOST_FILES = {
     "comfy/model_management.py": "",
     "comfy/model_patcher.py": "class ModelPatcher: ...\n",
     "comfy/ops.py": "",
-    "folder_paths.py": "",
+    "folder_paths.py": """
+models_dir, supported_pt_extensions, folder_names_and_paths = "models", {".safetensors"}, {}
+def add_model_folder_path(key, folder): folder_names_and_paths[key] = ([folder], set())
+def get_filename_list(key): return []
+def get_folder_paths(key): return folder_names_and_paths.get(key, ([], set()))[0]
+""",
     "comfy/utils.py": "class ProgressBar: ...\n",
     "comfy_api/__init__.py": "",
     "comfy_api/latest.py": """
