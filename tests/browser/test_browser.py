@@ -47,13 +47,18 @@ def browse(request, host, tmp_path_factory):
 
 
 # Opened, not run: core's nodes load FLUX, for which there is no tiny stand-in; video diffusion takes minutes, tests/host runs it.
-OPEN_ONLY = ["bokeh_stack_kontext", "video_any_to_bokeh", "video_any_to_bokeh_focus_pull"]
+OPEN_ONLY = ["bokeh_stack_kontext", "depth_from_bokeh_stack", "video_any_to_bokeh", "video_any_to_bokeh_focus_pull"]
+
+
+@pytest.fixture(scope="session")
+def models(host):
+    """Stand-ins for all model files that the workflows name."""
+    write_all(host.base / "models")
 
 
 @pytest.fixture(scope="module")
-def opened(host, browse):
-    """What the front end made of the workflows, with stand-ins for all model files they name."""
-    write_all(host.base / "models")
+def opened(models, browse):
+    """What the front end made of the workflows."""
     return browse("open_workflows.cjs", ",".join(OPEN_ONLY), *FILES)
 
 
@@ -84,7 +89,7 @@ def test_workflow_opens_whole(host, opened, file):
 @pytest.mark.parametrize("file", [file.stem for file in FILES if file.stem not in OPEN_ONLY])
 def test_workflow_runs_from_the_browser(opened, file):
     outputs = opened["workflows"][file]["outputs"]
-    shown = {kind: count for kind, count in outputs.items() if kind.startswith(("Save", "Preview"))}
+    shown = {kind: count for kind, count in outputs.items() if kind.startswith(("Save", "Preview", "BokehStackRendered"))}
     assert shown and all(shown.values()), f"each of these should have shown a result: {shown}"
     if "BokehDefocus" in outputs:
         assert outputs["BokehDefocus"] == (4 if file.startswith("video") else 1), "the node must show its frames"
