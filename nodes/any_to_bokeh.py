@@ -7,9 +7,8 @@ from ..bokeh_core.errors import BokehError
 from ..bokeh_core.optics.defocus import clip_span
 from ..bokeh_core.samplers.any_to_bokeh import mpi
 from ..bokeh_core.samplers.any_to_bokeh.preparation import PUBLISHED_SIZE, working_size
-from ..bokeh_core.samplers.any_to_bokeh.sampler import FIDELITIES, AnyToBokeh, clip_range, render
-from . import host
-from .schema import AnyToBokehModel, Defocus, choice, files, known, number, switch, whole
+from . import host, inputs
+from .schema import FIDELITY, AnyToBokehModel, Defocus, choice, files, known, number, seed, switch, whole
 
 FROM_FOLDER = "in the model's folder"
 RULES = {"released (focus^1.5)": mpi.RELEASED, "paper (focus)": mpi.PAPER}
@@ -19,6 +18,8 @@ class LoadedAnyToBokeh:
     """The four networks under the host's memory management."""
 
     def __init__(self, networks: dict[str, host.Managed], visual: bool):
+        from ..bokeh_core.samplers.any_to_bokeh.sampler import AnyToBokeh
+
         self.networks = networks
         self.model = AnyToBokeh(**networks, visual=visual)
 
@@ -145,7 +146,7 @@ class AnyToBokehRender(io.ComfyNode):
                 ),
                 choice(
                     "fidelity",
-                    FIDELITIES,
+                    FIDELITY,
                     "best: the picture's own shape, every segment by itself, no noise. as published: the released scripts with all "
                     "their habits: squashed to 1024 x 576, segments in pairs, noise in the latents.",
                 ),
@@ -176,16 +177,7 @@ class AnyToBokehRender(io.ComfyNode):
                     "Frames per second of the video made from frames. A connected video keeps its own.",
                     optional=True,
                 ),
-                whole(
-                    "random_seed",
-                    0,
-                    0,
-                    2**32 - 1,
-                    1,
-                    "Used by 'as published' only: another number gives other noise.",
-                    optional=True,
-                    advanced=True,
-                ),
+                seed("Used by 'as published' only: another number gives other noise."),
             ],
             outputs=[
                 io.Image.Output(display_name="frames", tooltip="The frames with bokeh, of the same size."),
@@ -197,11 +189,12 @@ class AnyToBokehRender(io.ComfyNode):
     def execute(
         cls, model, frames, defocus, fidelity="best", resolution=PUBLISHED_SIZE[1], cuts=False, frame_rate=24.0, random_seed=0
     ) -> io.NodeOutput:
+        from ..bokeh_core.samplers.any_to_bokeh.sampler import FIDELITIES, render
+
         parts = frames.get_components() if hasattr(frames, "get_components") else None
         image = frames if parts is None else parts.images
-        count, height, width, channels = image.shape
-        if channels not in (3, 4):
-            raise BokehError(f"The frames have {channels} channels; expected 3 (RGB) or 4 (RGB and alpha).")
+        count = inputs.scene(image, defocus)
+        height, width = image.shape[1:3]
         pictures, chosen = image[..., :3].movedim(-1, 1), FIDELITIES[fidelity]
         size = PUBLISHED_SIZE if chosen.fixed_size else working_size(height, width, resolution)
         shots = (0,)
@@ -210,7 +203,7 @@ class AnyToBokehRender(io.ComfyNode):
 
             shots = tuple(find_shots(pictures))
         host.load(list(model.networks.values()), model.model.activation_bytes(*size))
-        result = image.new_empty((max(count, len(defocus.focus)), height, width, channels), device=host.output_device())
+        result = image.new_empty((count, *image.shape[1:]), device=host.output_device())
         result[..., 3:] = image[..., 3:]
         render(
             model.model,
@@ -265,6 +258,8 @@ class BokehMPIMasks(io.ComfyNode):
 
     @classmethod
     def execute(cls, defocus, level, rule) -> io.NodeOutput:
+        from ..bokeh_core.samplers.any_to_bokeh.sampler import clip_range
+
         low, high = clip_range(clip_span(defocus.disparity), defocus.focus)
         disparity, focus = (defocus.disparity - low) / (high - low), (defocus.focus - low) / (high - low)
         region = mpi.regions(disparity, focus, RULES[rule])

@@ -4,12 +4,9 @@ from dataclasses import dataclass
 
 from comfy_api.latest import io
 
-from ..bokeh_core.errors import BokehError
-from ..bokeh_core.samplers.bokehdiff.checkpoint import LORA_FILE, PAGE, VAE_FILE, BokehDiff, read_bokehdiff
-from ..bokeh_core.samplers.bokehdiff.network import build_unet, build_vae
-from ..bokeh_core.samplers.bokehdiff.sampler import FIDELITIES, render
-from . import host
-from .schema import BokehDiffModel, Defocus, choice, files, known, whole
+from ..bokeh_core.samplers.bokehdiff.checkpoint import LORA_FILE, PAGE, VAE_FILE, BokehDiff
+from . import host, inputs
+from .schema import FIDELITY, BokehDiffModel, Defocus, choice, files, known, seed
 
 BASES, LORAS, VAES = "checkpoints", "loras", "vae"  # model folders; bases may be diffusers folders too
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # what is needed of a diffusers folder
@@ -85,14 +82,12 @@ class BokehLoadBokehDiff(io.ComfyNode):
 
     @classmethod
     def execute(cls, base=None, lora=None, encoder=None) -> io.NodeOutput:
-        for name, found, what, get in (
-            (base, _bases(), "base model", GET_BASE),
-            (lora, _own(LORAS, LORA_FILE), "BokehDiff LoRA", f"put {LORA_FILE} from {PAGE} into models/{LORAS}"),
-            (encoder, _own(VAES, VAE_FILE), "BokehDiff encoder", f"put {VAE_FILE} from {PAGE} into models/{VAES}"),
-        ):
-            if not name or name not in found:
-                missing = f"There is no {what} '{name}'" if name else f"No {what} is installed"
-                raise BokehError(f"{missing}: {get}, press R to refresh the lists, and choose it.")
+        from ..bokeh_core.samplers.bokehdiff.checkpoint import read_bokehdiff
+        from ..bokeh_core.samplers.bokehdiff.network import build_unet, build_vae
+
+        host.chosen(base, _bases(), "base model", GET_BASE)
+        host.chosen(lora, host.model_files(LORAS), "BokehDiff LoRA", f"put {LORA_FILE} from {PAGE} into models/{LORAS}")
+        host.chosen(encoder, host.model_files(VAES), "BokehDiff encoder", f"put {VAE_FILE} from {PAGE} into models/{VAES}")
         folder = base in host.model_folders(*PARTS)
         path = host.model_folder_path(base, *PARTS) if folder else host.model_path(base, BASES)
         weights = read_bokehdiff(path, host.model_path(lora, LORAS), host.model_path(encoder, VAES))
@@ -131,36 +126,21 @@ class BokehDiffRender(io.ComfyNode):
                 ),
                 choice(
                     "fidelity",
-                    FIDELITIES,
+                    FIDELITY,
                     "best: repeatable, the same blur at every size, right geometry on pictures that are not square. as published: all "
                     "habits of the authors' script, its random noise included.",
                 ),
-                whole(
-                    "random_seed",
-                    0,
-                    0,
-                    2**32 - 1,
-                    1,
-                    "Used by 'as published' only, whose attention drops and jitters at random; the authors do not fix it.",
-                    optional=True,
-                    advanced=True,
-                ),
+                seed("Used by 'as published' only, whose attention drops and jitters at random; the authors do not fix it."),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The image with bokeh, of the same size.")],
         )
 
     @classmethod
     def execute(cls, image, bokehdiff, defocus, fidelity, random_seed=0) -> io.NodeOutput:
-        frames, height, width, channels = image.shape
-        if channels not in (3, 4):
-            raise BokehError(f"The image has {channels} channels; expected 3 (RGB) or 4 (RGB and alpha).")
-        steps = len(defocus.focus)
-        if frames != steps and 1 not in (frames, steps):
-            raise BokehError(
-                f"The image has {frames} frames and the defocus {steps}; the counts must be equal, or one of them 1. "
-                "Connect the same frames to both nodes."
-            )
-        result = image.new_empty((max(frames, steps), height, width, channels), device=host.output_device())
+        from ..bokeh_core.samplers.bokehdiff.sampler import FIDELITIES, render
+
+        count = inputs.scene(image, defocus)
+        result = image.new_empty((count, *image.shape[1:]), device=host.output_device())
         result[..., 3:] = image[..., 3:]
         render(
             bokehdiff,

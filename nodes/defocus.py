@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import torch
-import torch.nn.functional as F
 from comfy_api.latest import io
 
 from ..bokeh_core.errors import BokehError
@@ -11,6 +9,7 @@ from ..bokeh_core.optics import defocus as optics
 from ..bokeh_core.optics import focus as focusing
 from ..bokeh_core.optics.lens import STRENGTH_WIDTH, Aperture
 from ..bokeh_core.optics.lens import Lens as CoreLens
+from ..bokeh_core.optics.overlay import small_views
 from . import host, inputs
 from .schema import Defocus, Depth, FocusTrack, Lens, choice, known, number, switch, whole
 
@@ -342,7 +341,7 @@ class BokehDefocus(io.ComfyNode):
             inputs.require(focus_track, focusing.FocusTrack, "focus_track", "Pull Focus Over Time")
         lens = CoreLens(strength=strength) if lens is None else inputs.require(lens, CoreLens, "lens", "Choose Lens")
         pictures = image[..., :3].movedim(-1, 1)
-        disparity, metric = _disparity(depth, depth_values)
+        disparity, metric = disparity_of(depth, depth_values)
         disparity = _fitted(disparity.to(image.device), pictures)
 
         if focus == "track":
@@ -378,16 +377,8 @@ VIEW = 512  # px, the longer side of the pictures for web/focus_picker.js
 
 def _views(pictures, defocus, node):
     """What web/focus_picker.js shows: up to four frames, each with its depth in 16 bit (red and green) and the numbers of its blur."""
-    frames, height, width = defocus.disparity.shape
-    scale = min(1.0, VIEW / max(height, width))
-    size = [max(1, round(side * scale)) for side in (height, width)]
-    shown = host.spread(frames)
-    photos = F.interpolate(pictures[shown].float(), size=size, mode="area").clamp(0, 1).movedim(1, -1)
-    disparity = F.interpolate(defocus.disparity[shown, None], size=size, mode="nearest-exact")[:, 0].cpu()  # not all devices have float64
-    low, high = map(float, disparity.aminmax())
-    levels = ((disparity.double() - low) / max(high - low, 1e-12) * 65535).round()
-    steps = torch.stack([levels // 256, levels % 256, torch.zeros_like(levels)], -1)
-    depths = ((steps + 0.25) / 255).clamp(0, 1).float()  # the host truncates to 8 bit
+    shown = host.spread(len(defocus.focus))
+    photos, depths, low, high = small_views(pictures[shown], defocus.disparity[shown], VIEW)
     return [
         {
             "frame": frame,
@@ -397,14 +388,14 @@ def _views(pictures, defocus, node):
             "high": high,
             "focus": float(defocus.focus[frame]),
             "k": float(defocus.k[frame]),
-            "blur_from": width / STRENGTH_WIDTH,  # px of the image, as Defocus.in_focus_mask
-            "strength": defocus.lens.strength if defocus.lens.f_number is None else 0.0,
+            "blur_from": defocus.disparity.shape[-1] / STRENGTH_WIDTH,  # px of the image, as Defocus.in_focus_mask
+            "strength": 0.0 if defocus.lens.is_physical else defocus.lens.strength,
         }
         for frame, photo, depth in zip(shown, host.temporary(photos, node), host.temporary(depths, node), strict=True)
     ]
 
 
-def _disparity(depth, values):
+def disparity_of(depth, values=NEAR_BRIGHT):
     """(disparity [B, H, W], is it metric?) of whatever is connected to the depth input."""
     if isinstance(depth, dict):
         return optics.disparity_from_geometry(depth, metres=values == METRES)

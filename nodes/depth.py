@@ -98,13 +98,9 @@ class BokehLoadDepthModel(io.ComfyNode):
     def execute(cls, model=None, kind="auto", attention="single") -> io.NodeOutput:
         from ..bokeh_core.depth.checkpoint import build, read_depth_file, recognise
 
-        if not model or model not in host.model_files(*DEPTH_FOLDERS):
-            small = entry("depth-anything-v2-small")
-            missing = f"There is no depth model '{model}'" if model else "No depth model is installed"
-            raise BokehError(
-                f"{missing}: put {small.file} from {small.page} (or another one, see this node's help) into models/{small.folder}, "
-                "press R to refresh the lists, and choose it."
-            )
+        small = entry("depth-anything-v2-small")
+        get = f"put {small.file} from {small.page} (or another one, see this node's help) into models/{small.folder}"
+        host.chosen(model, host.model_files(*DEPTH_FOLDERS), "depth model", get)
         path = host.model_path(model, *DEPTH_FOLDERS)
         info, tensors = recognise(read_depth_file(path), path, KINDS[kind], attention)
         # Not bfloat16: its eight bits would show as steps in the depth.

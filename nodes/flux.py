@@ -1,7 +1,4 @@
-"""What the stack nodes ask of ComfyUI's FLUX: attaching the adapter to a MODEL, prompts, latents and sampling. All else is in host.py.
-
-The host's modules are imported where they are used, so that the pack loads quickly.
-"""
+"""The adapter on a core FLUX MODEL: attaching it, prompts, and sampling one frame of a stack. The host's own calls are in host.py."""
 
 from collections.abc import Callable
 
@@ -62,19 +59,11 @@ class Attached:
 
 def attach(model, path: str, k: list[float]):
     """A clone of a core FLUX MODEL with the adapter of a file, set to a list of K: one for all pictures, or one for each of a batch."""
-    from comfy.patcher_extension import PatcherInjection, WrappersMP
-
     blocks, width = flux_shape(getattr(model.model, "diffusion_model", None))
     adapter = read_adapter(path, blocks=blocks, width=width)
     corrections = host.casting(lambda ops, tensors: build_corrections(adapter, ops, tensors), adapter.correction_tensors(), _dtype(model))
     attached = Attached(adapter, corrections.network, k)
-    patched = model.clone()
-    patched.set_additional_models(KEY, [corrections.patcher])
-    patched.set_injections(KEY, [PatcherInjection(inject=attached.inject, eject=attached.eject)])
-    patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, KEY)
-    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, attached.run)
-    patched.set_attachments(KEY, attached)
-    return patched
+    return host.patched(model, KEY, attached, attached.inject, attached.eject, attached.run, [corrections.patcher])
 
 
 def _network(patcher) -> torch.nn.Module:
@@ -107,34 +96,12 @@ def encode_prompts(clip, prompts: list[str], guidance: float, reference: torch.T
 
 def sample(model, positive, k: float, noise: torch.Tensor, sigmas: torch.Tensor, seed: int, callback, embedding=torch.float32):
     """Latents [1, C, h, w] of one frame: Euler along the given sigmas, without CFG. `embedding`: the dtype K is embedded in."""
-    from comfy import samplers
-
-    guider = samplers.CFGGuider(model)
-    guider.inner_set_conds({"positive": positive})
-    guider.set_cfg(1.0)
     # The K goes in by the options of this run, so that every frame uses the same patched model and nothing is reloaded.
-    own = dict(model.model_options.get("transformer_options", {}))
-    own[OPTION] = ([k], str(embedding).removeprefix("torch."))
-    guider.model_options = {**model.model_options, "transformer_options": own}
-    latent = torch.zeros_like(noise)
-    return guider.sample(noise, latent, samplers.sampler_object("euler"), sigmas, callback=callback, disable_pbar=True, seed=seed)
+    options = {OPTION: ([k], str(embedding).removeprefix("torch."))}
+    return host.sample_euler(model, positive, noise, sigmas, seed, callback, options)
 
 
 def stack_progress(model, frames: int, steps: int) -> Callable[[int], Callable]:
     """frame -> the callback of its sampling: moves the node's bar, shows the picture so far and raises when the user interrupts."""
-    import latent_preview
-    from comfy import model_management
-    from comfy.utils import ProgressBar
-
-    bar = ProgressBar(frames * steps)
-    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
-
-    def of(frame: int) -> Callable:
-        def callback(step, x0, x, total):
-            model_management.throw_exception_if_processing_interrupted()
-            picture = previewer.decode_latent_to_preview_image("JPEG", x0) if previewer else None
-            bar.update_absolute(frame * steps + step + 1, frames * steps, picture)
-
-        return callback
-
-    return of
+    step = host.sampling_progress(model, frames * steps)
+    return lambda frame: lambda number, x0, x, total: step(frame * steps + number + 1, x0)

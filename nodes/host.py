@@ -132,6 +132,50 @@ def vae_dtype() -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def patched(model, key: str, attachment, inject, eject, wrapper, companions: list):
+    """A clone of a core MODEL that calls inject(patcher) and eject(patcher) as it comes and goes, and wrapper around every forward pass.
+
+    attachment  what `model.get_attachment(key)` gives
+    companions  patchers to be loaded together with it
+    """
+    from comfy.patcher_extension import PatcherInjection, WrappersMP
+
+    clone = model.clone()
+    clone.set_additional_models(key, companions)
+    clone.set_injections(key, [PatcherInjection(inject=inject, eject=eject)])
+    clone.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, key)
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, key, wrapper)
+    clone.set_attachments(key, attachment)
+    return clone
+
+
+def sample_euler(model, positive, noise: torch.Tensor, sigmas: torch.Tensor, seed: int, callback, options: dict) -> torch.Tensor:
+    """Latents like `noise` by the host's Euler sampler, from noise alone and without CFG. options: transformer_options of this run."""
+    from comfy import samplers
+
+    guider = samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": positive})
+    guider.set_cfg(1.0)
+    own = model.model_options.get("transformer_options", {})
+    guider.model_options = {**model.model_options, "transformer_options": {**own, **options}}
+    euler = samplers.sampler_object("euler")
+    return guider.sample(noise, torch.zeros_like(noise), euler, sigmas, callback=callback, disable_pbar=True, seed=seed)
+
+
+def sampling_progress(model, total: int):
+    """(done, x0) -> moves the node's bar, shows the picture so far and raises when the user interrupts."""
+    import latent_preview
+
+    bar = ProgressBar(total)
+    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def step(done: int, x0: torch.Tensor) -> None:
+        model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total, previewer.decode_latent_to_preview_image("JPEG", x0) if previewer else None)
+
+    return step
+
+
 def load(models: list[Managed], activations: int) -> None:
     """Bring networks that work together to the compute device, with `activations` bytes left to work in. Call before each phase."""
     model_management.load_models_gpu([model.patcher for model in models], memory_required=activations)
@@ -177,6 +221,14 @@ def model_path(name: str, *keys: str) -> str:
         if path:
             return path
     raise BokehError(f"There is no model file '{name}'; put it into models/{keys[0]}, press R to refresh the lists, and choose it again.")
+
+
+def chosen(name: str | None, found: list[str], what: str, get: str) -> str:
+    """`name`, a local model the user chose from `found`. Raises BokehError when it is not there; `get` says what to put where."""
+    if name and name in found:
+        return name
+    missing = f"There is no {what} '{name}'" if name else f"No {what} is installed"
+    raise BokehError(f"{missing}: {get}, press R to refresh the lists, and choose it.")
 
 
 def model_folders(*parts: str) -> list[str]:

@@ -3,6 +3,7 @@
 import torch
 
 from ..bokeh_core.errors import BokehError
+from ..bokeh_core.optics.defocus import Defocus
 
 
 def require(value, kind, name, source):
@@ -16,10 +17,31 @@ def image(value, name="image", channels=(3, 4)):
     """IMAGE [B, H, W, C] as it is, of floating point, with no empty side."""
     wanted = " or ".join(map(str, channels))
     if not isinstance(value, torch.Tensor) or value.ndim != 4 or value.shape[-1] not in channels or value.numel() == 0:
-        raise BokehError(f"The input '{name}' got {_words(value)}; expected pictures [frames, height, width, {wanted} channels].")
+        channels = f", {value.shape[-1]} channels" if isinstance(value, torch.Tensor) and value.ndim == 4 else ""
+        raise BokehError(f"The input '{name}' got {_words(value)}{channels}; expected pictures [frames, height, width, {wanted} channels].")
     if not value.is_floating_point():
         raise BokehError(f"The input '{name}' holds {_dtype(value)} numbers; expected floating point, 0 to 1.")
     return value
+
+
+def one(value, name="image"):
+    """[3, H, W] of an IMAGE that holds one picture."""
+    if len(image(value, name)) != 1:
+        raise BokehError(f"The {name} has {len(value)} pictures; a bokeh stack belongs to one. Connect a single photo.")
+    return value[0, ..., :3].movedim(-1, 0).float()
+
+
+def scene(pictures, defocus):
+    """How many frames an IMAGE and the Defocus of it make together: as many as either has, where the other may have one."""
+    image(pictures)
+    require(defocus, Defocus, "defocus", "Set Focus and Blur")
+    frames, steps = len(pictures), len(defocus.focus)
+    if frames != steps and 1 not in (frames, steps):
+        raise BokehError(
+            f"The image has {frames} frames and the defocus {steps}; the counts must be equal, or one of them 1. "
+            "Connect the same frames to both nodes."
+        )
+    return max(frames, steps)
 
 
 def mask(value, name="mask"):

@@ -8,8 +8,8 @@ from ..bokeh_core.errors import BokehError
 from ..bokeh_core.optics.defocus import fit_disparity
 from ..bokeh_core.samplers.magicbokeh.checkpoint import MagicBokeh, read_blueprints
 from ..bokeh_core.samplers.magicbokeh.sampler import COLOUR_FIXES, FIDELITIES, MODES, enlarged_size, render
-from . import host
-from .schema import Defocus, MagicBokehModel, choice, files, known, number, whole
+from . import host, inputs
+from .schema import Defocus, MagicBokehModel, choice, files, known, number, seed
 
 BASES, OWN = "checkpoints", "loras"  # model folders; bases may be diffusers folders too
 PARTS = ("unet", "vae")  # what is needed of a diffusers folder
@@ -88,10 +88,8 @@ class BokehLoadMagicBokeh(io.ComfyNode):
 
     @classmethod
     def execute(cls, base=None, magicbokeh=None) -> io.NodeOutput:
-        for name, found, what, get in ((base, _bases(), "base model", GET_BASE), (magicbokeh, _own(), "MagicBokeh file", GET_OWN)):
-            if not name or name not in found:
-                missing = f"There is no {what} '{name}'" if name else f"No {what} is installed"
-                raise BokehError(f"{missing}: {get}, press R to refresh the lists, and choose it.")
+        host.chosen(base, _bases(), "base model", GET_BASE)
+        host.chosen(magicbokeh, host.model_files(OWN), "MagicBokeh file", GET_OWN)
         folder = base in host.model_folders(*PARTS)
         path = host.model_folder_path(base, *PARTS) if folder else host.model_path(base, BASES)
         parts, scaling_factor = read_blueprints(path, host.model_path(magicbokeh, OWN))
@@ -161,16 +159,7 @@ class MagicBokehRender(io.ComfyNode):
                     tooltip="Focus on this instead of the focus of the defocus: a mask of the subject, any size, one for all or one for "
                     "each frame. best: the median depth of the mask, by its weight. as published: every pixel that is not black counts.",
                 ),
-                whole(
-                    "random_seed",
-                    0,
-                    0,
-                    2**32 - 1,
-                    1,
-                    "Used by 'as published' only, which adds a little noise to the photo's latent; the authors never fix it.",
-                    optional=True,
-                    advanced=True,
-                ),
+                seed("Used by 'as published' only, which adds a little noise to the photo's latent; the authors never fix it."),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The restored image with bokeh, of the same size times upscale.")],
         )
@@ -179,15 +168,13 @@ class MagicBokehRender(io.ComfyNode):
     def execute(
         cls, image, magicbokeh, fidelity, mode, colour_fix, upscale=1.0, defocus=None, subject=None, random_seed=0
     ) -> io.NodeOutput:
-        pictures, height, width, channels = image.shape
-        if channels not in (3, 4):
-            raise BokehError(f"The image has {channels} channels; expected 3 (RGB) or 4 (RGB and alpha).")
+        pictures, height, width, channels = inputs.image(image).shape
+        frames = pictures if defocus is None else inputs.scene(image, defocus)
         if subject is not None and defocus is None:
             raise BokehError("A subject is connected but no defocus; connect Set Focus and Blur, or disconnect the subject.")
         if subject is not None:
-            subject = subject.reshape(-1, *subject.shape[-2:]).float()
+            subject = inputs.mask(subject, "subject").float()
             subject = fit_disparity(subject, len(subject), height, width)
-        frames = max(pictures, len(defocus.focus) if defocus is not None else 1)
         size = enlarged_size(height, width, upscale)
         result = image.new_empty((frames, *size, channels), device=host.output_device())
         if channels == 4:

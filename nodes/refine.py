@@ -1,20 +1,16 @@
 """The nodes that get depth out of a bokeh stack: by a network with DSFA, or by measuring blur."""
 
-import torch
 from comfy_api.latest import io
 
-from ..bokeh_core.depth.unidepth import BEST, PIPELINE
 from ..bokeh_core.errors import BokehError
-from ..bokeh_core.optics import defocus as optics
 from ..bokeh_core.optics.lens import Lens as CoreLens
 from ..bokeh_core.optics.stack import BokehStack
 from . import host, inputs
-from .depth import LoadedDepthModel
-from .schema import Depth, DepthModel, Geometry, Lens, Stack, choice, known, number, switch, whole
+from .defocus import disparity_of
+from .depth import GUIDED, PLAIN, LoadedDepthModel
+from .schema import FIDELITY, Depth, DepthModel, Geometry, Lens, Stack, choice, known, number, switch, whole
 
 AS_GIVEN, NONE = "as given", "none"
-GUIDED, PLAIN = "follow the picture", "plain"
-FIDELITIES = {"best": BEST, "as published": PIPELINE}
 BEHIND, FRONT, FROM_DEPTH = "behind the focus", "in front of the focus", "from depth"
 SIDES = {BEHIND: "behind", FRONT: "in front", FROM_DEPTH: "from depth"}
 
@@ -59,7 +55,7 @@ class BokehRefineDepth(io.ComfyNode):
                 ),
                 choice(
                     "fidelity",
-                    FIDELITIES,
+                    FIDELITY,
                     "best: UniDepth estimates the camera, and errors of the published program are mended. as published: made-up camera "
                     "(focal length 0.7 of the width), and wrong results for very wide, tall or some odd sizes.",
                 ),
@@ -91,16 +87,17 @@ class BokehRefineDepth(io.ComfyNode):
         from ..bokeh_core.depth.checkpoint import DepthModel as Network
         from ..bokeh_core.depth.clip import NEAREST, near_bright
         from ..bokeh_core.depth.preprocessing import to_size
+        from ..bokeh_core.depth.unidepth import BEST, PIPELINE
         from ..bokeh_core.depth.upsampling import guided_upsample
 
         inputs.require(depth_model, LoadedDepthModel, "depth_model", "Load Depth Model (Bokeh)")
         inputs.require(stack, BokehStack, "stack", "Generate Bokeh Stack")
-        photo, managed, info = _one(image), depth_model.managed, depth_model.info
+        photo, managed, info = inputs.one(image).clamp(0, 1), depth_model.managed, depth_model.info
         refine.require_dsfa(info)
         height, width = photo.shape[1:]
         stack = BokehStack(photo, stack.frames, stack.k, stack.per_dioptre, stack.source, stack.settings).fitted(height, width)
-        quirks, progress = FIDELITIES[fidelity], host.progress()
-        camera = None if lens is None else _camera(inputs.require(lens, CoreLens, "lens", "Choose Lens"), height, width)
+        quirks, progress = dict(zip(FIDELITY, (BEST, PIPELINE), strict=True))[fidelity], host.progress()
+        camera = None if lens is None else inputs.require(lens, CoreLens, "lens", "Choose Lens").intrinsics(height, width)
         upsample = None
         if edges == GUIDED and quirks == BEST:
             upsample = partial(guided_upsample, align_corners=info.align_corners, metric=True)
@@ -196,7 +193,7 @@ class BokehDepthFromSweep(io.ComfyNode):
         from ..bokeh_core.depth.upsampling import guided_upsample
 
         inputs.require(stack, BokehStack, "stack", "Render Bokeh Stack")
-        sides = None if depth is None else _disparity(inputs.depth(depth))
+        sides = None if depth is None else _one_map(depth)
         height, width = stack.reference.shape[-2:]
         host.make_room(activation_bytes(height, width, len(stack.k)))
         found = depth_from_sweep(
@@ -218,27 +215,9 @@ class BokehDepthFromSweep(io.ComfyNode):
         return io.NodeOutput(picture, geometry, found.confidence[None].to(here), ui=host.preview(picture, cls))
 
 
-def _one(image):
-    """[3, H, W] of an IMAGE that holds one picture."""
-    if len(inputs.image(image)) != 1:
-        raise BokehError(f"The image has {len(image)} pictures; a bokeh stack belongs to one. Connect a single photo.")
-    return image[0, ..., :3].movedim(-1, 0).float().clamp(0, 1)
-
-
-def _camera(lens, height, width):
-    """[3, 3] pinhole matrix in px of a real lens, its axis in the middle of the picture."""
-    if not lens.is_physical:
-        raise BokehError("The camera of Refine Depth needs a real lens; set Choose Lens to 'real lens', or disconnect it.")
-    focal = width * lens.focal_length / lens.sensor_width
-    return torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
-
-
-def _disparity(depth):
-    """[h, w] of whatever is connected as depth."""
-    if isinstance(depth, dict):
-        disparity, _ = optics.disparity_from_geometry(depth)
-    else:
-        disparity = optics.disparity_from_image(depth) if depth.ndim == 4 else optics.disparity_from_mask(depth)
+def _one_map(depth):
+    """[h, w] disparity of whatever is connected as depth."""
+    disparity, _ = disparity_of(inputs.depth(depth))
     if len(disparity) != 1:
         raise BokehError(f"The depth has {len(disparity)} frames; expected one, of the stack's sharp picture.")
     return disparity[0]

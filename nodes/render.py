@@ -3,7 +3,6 @@
 from comfy_api.latest import io
 
 from ..bokeh_core.errors import BokehError
-from ..bokeh_core.optics.defocus import Defocus as CoreDefocus
 from ..bokeh_core.optics.defocus import fit_disparity
 from ..bokeh_core.render import QUALITIES, render
 from ..bokeh_core.video.stabilisation import find_shots
@@ -82,14 +81,8 @@ class BokehRender(io.ComfyNode):
     def execute(
         cls, image, defocus, quality=QUALITIES[0], linear=False, matte=None, clean_plate=None, rays=1024, snap_edges=False
     ) -> io.NodeOutput:
-        frames, height, width, channels = inputs.image(image).shape
-        inputs.require(defocus, CoreDefocus, "defocus", "Set Focus and Blur")
-        steps = len(defocus.focus)
-        if frames != steps and 1 not in (frames, steps):
-            raise BokehError(
-                f"The image has {frames} frames and the defocus {steps}; the counts must be equal, or one of them 1. "
-                "Connect the same frames to both nodes."
-            )
+        count = inputs.scene(image, defocus)
+        frames, height, width, channels = image.shape
         if matte is not None:
             matte = inputs.mask(matte, "matte")
             _check_count("matte", matte, frames)
@@ -105,7 +98,7 @@ class BokehRender(io.ComfyNode):
                 )
             clean_plate = clean_plate[..., :3].movedim(-1, 1)
         host.make_room(height * width * BYTES_PER_PIXEL)
-        result = image.new_empty((max(frames, steps), height, width, channels), device=host.output_device())
+        result = image.new_empty((count, height, width, channels), device=host.output_device())
         result[..., 3:] = image[..., 3:]
         step = host.progress()
         pictures = image[..., :3].movedim(-1, 1)

@@ -3,8 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..bokeh_core.errors import BokehError
-from . import host
+from . import host, inputs
 from .schema import SalientModel, files, known, number
 
 FOLDER = "salient"
@@ -37,12 +36,8 @@ class BokehLoadSalientModel(io.ComfyNode):
     def execute(cls, model=None) -> io.NodeOutput:
         from ..bokeh_core.salient.ldf import build, folded_tensors, read_ldf
 
-        if not model or model not in host.model_files(FOLDER):
-            missing = f"There is no salient-object model '{model}'" if model else "No salient-object model is installed"
-            raise BokehError(
-                f"{missing}: put model-40 (100 MB; linked on https://github.com/weijun88/LDF) into models/salient, "
-                "press R to refresh the lists, and choose it."
-            )
+        get = "put model-40 (100 MB; linked on https://github.com/weijun88/LDF) into models/salient"
+        host.chosen(model, host.model_files(FOLDER), "salient-object model", get)
         tensors = folded_tensors(read_ldf(host.model_path(model, FOLDER)), model)
         return io.NodeOutput(host.managed(build, tensors, (torch.float32,)))
 
@@ -81,7 +76,7 @@ class BokehSalientMask(io.ComfyNode):
     def execute(cls, image, salient_model, threshold=0.0) -> io.NodeOutput:
         from ..bokeh_core.salient.ldf import activation_bytes, salient_masks
 
-        count, height, width = image.shape[:3]
+        count, height, width = inputs.image(image).shape[:3]
         masks = torch.empty((count, height, width), device=host.output_device())
         step = host.progress()
 

@@ -45,6 +45,14 @@ def choice(id, options, tooltip, **more):
     return known(io.Combo.Input, id, options=list(options), default=next(iter(options)), tooltip=tooltip, **more)
 
 
+FIDELITY = ("best", "as published")  # the names every published system's choices go by
+
+
+def seed(tooltip):
+    """An INT widget for noise that only some choices draw; not called `seed`, which would get a second widget from the front end."""
+    return whole("random_seed", 0, 0, 2**32 - 1, 1, tooltip, optional=True, advanced=True)
+
+
 def files(id, names, tooltip):
     """A COMBO widget of local files. Optional, because with an empty list no value is sent: the node then says what to do.
 

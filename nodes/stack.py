@@ -1,6 +1,7 @@
 """Nodes for bokeh stacks: one scene sharp and with several strengths of blur, generated, rendered or photographed."""
 
 import os
+from dataclasses import replace
 
 import torch
 from comfy_api.latest import io
@@ -8,7 +9,7 @@ from comfy_api.latest import io
 from ..bokeh_core.errors import BokehError
 from ..bokeh_core.optics.defocus import Defocus as CoreDefocus
 from ..bokeh_core.optics.lens import Lens as CoreLens
-from ..bokeh_core.optics.stack import STACK_WIDTH, BokehStack
+from ..bokeh_core.optics.stack import BokehStack, thin_lens_k
 from ..bokeh_core.render.stack import render_stack
 from ..bokeh_core.samplers.kontext_stack import recipe
 from ..bokeh_core.samplers.kontext_stack.adapter import FILE
@@ -73,12 +74,8 @@ class BokehStackAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, adapter=None, k_values="20") -> io.NodeOutput:
-        if not adapter or adapter not in host.model_files(*FOLDERS):
-            missing = f"There is no adapter file '{adapter}'" if adapter else "No adapter file is installed"
-            raise BokehError(
-                f"{missing}: put {FILE} of the BokehDepth project (583 MB in 32 bit) into models/{FOLDERS[0]}, "
-                "press R to refresh the lists, and choose it."
-            )
+        get = f"put {FILE} of the BokehDepth project (583 MB in 32 bit) into models/{FOLDERS[0]}"
+        host.chosen(adapter, host.model_files(*FOLDERS), "adapter file", get)
         return io.NodeOutput(flux.attach(model, host.model_path(adapter, *FOLDERS), recipe.parse_k_list(k_values)))
 
 
@@ -167,7 +164,7 @@ class BokehGenerateStack(io.ComfyNode):
     ) -> io.NodeOutput:
         flux.require_attached(model)
         k = recipe.parse_k_list(k_values)
-        photo, fidelity = _one(image), FIDELITIES[fidelity]
+        photo, fidelity = inputs.one(image), FIDELITIES[fidelity]
         height, width = photo.shape[1:]
         size = recipe.working_size(width, height, resolution, fidelity)
         reference = recipe.resize(photo, *size)
@@ -218,7 +215,7 @@ class BokehStackRendered(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, defocus, k_values, k_per=WHOLE_RANGE) -> io.NodeOutput:
-        photo, k = _one(image), recipe.parse_k_list(k_values)
+        photo, k = inputs.one(image), recipe.parse_k_list(k_values)
         inputs.require(defocus, CoreDefocus, "defocus", "Set Focus and Blur")
         if photo.shape[1:] != defocus.disparity.shape[1:]:
             (h, w), (height, width) = photo.shape[1:], defocus.disparity.shape[1:]
@@ -287,13 +284,13 @@ class BokehStackFromImages(io.ComfyNode):
             k = recipe.parse_k_list(k_values)
         else:
             lenses = _by_number(f_numbers, lens) if k_from == CAMERA else [CoreLens.from_exif(host.input_file(n)) for n in _names(photos)]
-            k = [_thin_lens_k(one, focus_distance) for one in lenses]
+            k = [thin_lens_k(one, focus_distance) for one in lenses]
         if len(k) != len(frames):
             raise BokehError(
                 f"There are {len(frames)} blurred photos and {len(k)} values of K ({k_from}); give one for each photo, in order."
             )
         pictures = frames[..., :3].movedim(-1, 1)
-        return _result(BokehStack(_one(reference, "reference"), pictures, k, per_dioptre=k_from != TYPED, source="photos"), cls)
+        return _result(BokehStack(inputs.one(reference, "reference"), pictures, k, per_dioptre=k_from != TYPED, source="photos"), cls)
 
 
 class BokehSaveStack(io.ComfyNode):
@@ -378,13 +375,6 @@ def _result(stack: BokehStack, node) -> io.NodeOutput:
     return io.NodeOutput(stack, frames, stack.reference.movedim(0, -1)[None], ui=host.preview(frames, node))
 
 
-def _one(image, name="image"):
-    """[3, H, W] of an IMAGE that holds one picture."""
-    if len(inputs.image(image, name)) != 1:
-        raise BokehError(f"The {name} has {len(image)} pictures; a bokeh stack is made of one. Connect a single photo.")
-    return image[0, ..., :3].movedim(-1, 0).float()
-
-
 def _names(text):
     names = [line.strip() for line in text.splitlines() if line.strip()]
     if not names:
@@ -396,13 +386,4 @@ def _by_number(text, lens):
     if lens is None or not lens.is_physical:
         raise BokehError("K from f-numbers needs a real lens; connect Choose Lens with mode 'real lens'.")
     numbers = recipe.parse_k_list(text)
-    return [
-        CoreLens(f_number=n, focal_length=lens.focal_length, sensor_width=lens.sensor_width, focus_distance=lens.focus_distance)
-        for n in numbers
-    ]
-
-
-def _thin_lens_k(lens, focus_distance):
-    """Radius in px, on a picture 512 px wide, per 1/m of disparity difference."""
-    dioptres = 1 / focus_distance if focus_distance else 0.0
-    return float(lens.k(STACK_WIDTH, torch.tensor([dioptres]), metric=True))
+    return [replace(lens, f_number=n) for n in numbers]

@@ -35,7 +35,7 @@ def load_strict(network: nn.Module, tensors: dict[str, torch.Tensor], what: str,
     if any(problems):
         raise BokehError(f"{what} does not fit: {'; '.join(filter(None, problems))}.")
     network.load_state_dict(found, strict=True, assign=True)
-    return network.eval().requires_grad_(False)
+    return network.train(False).requires_grad_(False)
 
 
 def _list(what: str, names: list[str], most: int = 4) -> str:

@@ -140,6 +140,13 @@ class Lens:
         k = [f * f / (2.0 * self.f_number * (1.0 - f * d)) * pixels_per_metre for d in dioptres]
         return torch.tensor(k, dtype=torch.float32, device=focus.device)
 
+    def intrinsics(self, height: int, width: int) -> torch.Tensor:
+        """[3, 3] pinhole matrix in px of a real lens on a picture of this size, its axis in the middle."""
+        if not self.is_physical:
+            raise BokehError("The camera of Refine Depth needs a real lens; set Choose Lens to 'real lens', or disconnect it.")
+        focal = width * self.focal_length / self.sensor_width
+        return torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
+
     @classmethod
     def from_exif(cls, source, *, aperture: Aperture | None = None) -> "Lens":
         """The thin lens a photo was taken with.

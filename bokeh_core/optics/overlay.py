@@ -25,6 +25,22 @@ def draw_overlay(image, defocus):
     return result
 
 
+def small_views(pictures: torch.Tensor, disparity: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """What a click on a picture needs: (photos [B, h, w, 3], depths [B, h, w, 3], low, high), the longer side at most `side` px.
+
+    pictures [B, 3, H, W] display-encoded, disparity [B, H, W]. A depth survives 8 bits a channel, cut off: with r and g the bytes of red
+    and green it is low + (high - low) (256 r + g) / 65535.
+    """
+    scale = min(1.0, side / max(disparity.shape[1:]))
+    size = [max(1, round(length * scale)) for length in disparity.shape[1:]]
+    photos = F.interpolate(pictures.float(), size=size, mode="area").clamp(0, 1).movedim(1, -1)
+    small = F.interpolate(disparity[:, None], size=size, mode="nearest-exact")[:, 0].cpu()  # not all devices have float64
+    low, high = map(float, small.aminmax())
+    levels = ((small.double() - low) / max(high - low, 1e-12) * 65535).round()
+    bytes_ = torch.stack([levels // 256, levels % 256, torch.zeros_like(levels)], -1)
+    return photos, ((bytes_ + 0.25) / 255).clamp(0, 1).float(), low, high
+
+
 def _draw(image, defocus):
     s = defocus.signed_radius()[0]
     sharp = defocus.in_focus_mask()[0]

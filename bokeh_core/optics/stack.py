@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ..errors import BokehError
 from .defocus import Defocus, clip_span
+from .lens import Lens
 
 STACK_WIDTH = 512  # px; the K of a stack is quoted at this image width (BokehDepth)
 
@@ -45,7 +46,7 @@ class BokehStack:
                 raise BokehError(f"The bokeh stack has a frame with K = {value:g}; expected numbers above 0 (the sharp picture is apart).")
 
     def fitted(self, height: int, width: int) -> "BokehStack":
-        """The same stack with all pictures [.., height, width], resampled by area or bicubically where they differ."""
+        """The same stack with all pictures [.., height, width], resampled bicubically (with antialias) where they differ."""
 
         def fit(pictures):
             if pictures.shape[-2:] == (height, width):
@@ -54,6 +55,15 @@ class BokehStack:
             return out.clamp(0, 1)
 
         return BokehStack(fit(self.reference[None])[0], fit(self.frames), self.k, self.per_dioptre, self.source, self.settings)
+
+
+def thin_lens_k(lens: Lens, focus_distance: float) -> float:
+    """K per dioptre of a real lens: px of radius, on a picture 512 px wide, per 1/m.
+
+    focus_distance  m, 0 for infinity; the lens's own goes before it
+    """
+    dioptres = 1 / focus_distance if focus_distance else 0.0
+    return float(lens.k(STACK_WIDTH, torch.tensor([dioptres]), metric=True))
 
 
 def stack_radius(k: float, defocus: Defocus, *, per_dioptre: bool) -> float:

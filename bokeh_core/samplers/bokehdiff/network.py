@@ -85,7 +85,7 @@ def build_unet(config: dict, tensors: dict[str, torch.Tensor], ops=nn) -> BokehD
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-    return BokehDiffUNet(load_strict(adopt(unet, ops), tensors, "The base model's UNet")).eval()
+    return BokehDiffUNet(load_strict(adopt(unet, ops), tensors, "The base model's UNet")).train(False)
 
 
 def build_vae(config: dict, tensors: dict[str, torch.Tensor], ops=nn) -> nn.Module:
