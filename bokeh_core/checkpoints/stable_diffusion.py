@@ -66,14 +66,8 @@ def read_folder(path: Path, name: str) -> Part:
     except ValueError as error:
         raise BokehError(f"{config} is damaged ({error}); download it again.") from error
     stem = "diffusion_pytorch_model"
-    index = next(
-        (
-            folder / f"{stem}{v}.safetensors.index{w}.json"
-            for v, w in [("", ""), ("", ".fp16")]
-            if (folder / f"{stem}{v}.safetensors.index{w}.json").is_file()
-        ),
-        None,
-    )
+    indexes = [folder / f"{stem}.safetensors.index{variant}.json" for variant in ("", ".fp16")]
+    index = next(filter(Path.is_file, indexes), None)
     if index is not None:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if any(Path(file).name != file for file in files):

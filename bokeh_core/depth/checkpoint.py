@@ -24,7 +24,7 @@ from .vit import ViTConfig
 KINDS = ("auto", "relative", "metric indoor", "metric outdoor")
 INDOOR, OUTDOOR = 20.0, 80.0  # metres: the ranges of Hypersim and of Virtual KITTI
 SIZES = {(384, 12): "S", (768, 12): "B", (1024, 24): "L"}  # (width, depth) of the ViT
-TAPS = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23)}
+TAPS = {24: (4, 11, 17, 23)}  # of Depth Anything, by depth; else the ends of the quarters
 HEAD_WIDTH = 64
 EXPECTED = "expected a Depth Anything V2, Video Depth Anything, UniDepth V2 or BokehDepth (DSFA) file"
 IN_FLOAT32 = (dpt.IN_FLOAT32, *unidepth.IN_FLOAT32)
@@ -266,7 +266,7 @@ def _recognise_unidepth(tensors, file: str) -> tuple[DepthModelInfo, dict[str, t
     vit = _vit_config(tensors, base, file)
     vit = replace(
         vit,
-        taps=tuple(vit.depth * (i + 1) // 4 - 1 for i in range(4)),
+        taps=_quarters(vit.depth),
         final_norm_eps=1e-5,
         position_offset=None,
         unused_registers=tensors[f"{base}register_tokens"].shape[1] if f"{base}register_tokens" in tensors else 0,
@@ -290,8 +290,11 @@ def _vit_config(tensors, base: str, file: str) -> ViTConfig:
     grid = isqrt(tensors[f"{base}pos_embed"].shape[1] - 1)
     if width % HEAD_WIDTH or depth < 4:
         raise BokehError(f"{file} has a transformer of {depth} blocks, {width} wide; {EXPECTED} (12 or 24 blocks, 384, 768 or 1024 wide).")
-    taps = TAPS.get(depth, tuple(depth * (i + 1) // 4 - 1 for i in range(4)))
-    return ViTConfig(width, depth, width // HEAD_WIDTH, taps, grid)
+    return ViTConfig(width, depth, width // HEAD_WIDTH, TAPS.get(depth, _quarters(depth)), grid)
+
+
+def _quarters(depth: int) -> tuple[int, ...]:
+    return tuple(depth * (i + 1) // 4 - 1 for i in range(4))
 
 
 def _head_config(tensors, head: str) -> DPTConfig:

@@ -7,10 +7,11 @@ import torch
 
 from ..errors import BokehError
 from ..optics.defocus import robust_span
+from ..video.stabilisation import find_shots, smooth_disparity
 from .estimate import depth_maps
+from .upsampling import NEAREST, guided_upsample
 
 ONE_CLIP, WITH_CUTS, PHOTOS = "one clip", "clip with cuts", "separate photos"
-NEAREST = 0.01  # metres; networks that end in a ReLU say 0 for what almost touches the lens
 
 
 def estimate_clip(
@@ -36,13 +37,9 @@ def estimate_clip(
     steady      0..1 how much flicker is smoothed along the motion; not for photos and video models
     progress    called as progress(done, len(raw))
     """
-    from .upsampling import guided_upsample
-
     count = len(raw)
     clip, shots = frames_are != PHOTOS, [0]
     if frames_are == WITH_CUTS and count > 1:
-        from ..video.stabilisation import find_shots
-
         shots = find_shots(_watched(frames, count, progress))
     maps = depth_maps(
         model,
@@ -56,8 +53,6 @@ def estimate_clip(
         progress=progress,
     )
     if steady > 0 and clip and count > 1 and not model.info.video:
-        from ..video.stabilisation import smooth_disparity
-
         maps = smooth_disparity(frames, maps, shots, steady, metric=model.info.metric)
     done = 0
     for some in maps:

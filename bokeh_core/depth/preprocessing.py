@@ -56,6 +56,11 @@ def network_input(
 ) -> torch.Tensor:
     """[B, 3, h, w] float32, normalised. Bicubic without antialias, as OpenCV resizes (agrees to 3e-5)."""
     image = F.interpolate(image.float().clamp(0, 1), size, mode="bicubic", align_corners=False, antialias=False)
+    return normalised(image)
+
+
+def normalised(image: torch.Tensor) -> torch.Tensor:
+    """[B, 3, H, W] float32 0..1 in the units that networks trained on ImageNet want."""
     mean, std = (torch.tensor(values, device=image.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (image - mean) / std
 

@@ -10,7 +10,7 @@ from torch import nn
 from ..checkpoints.loading import cast
 from ..errors import BokehError
 from .dsfa import DSFABlock, DSFAConfig
-from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, RESOLUTION
+from .preprocessing import RESOLUTION, normalised
 from .vit import LayerScale, ViT, ViTConfig
 
 # These compute in float32: logarithms of depth and angles would step in half precision, and the camera is one small head.
@@ -405,13 +405,9 @@ def bounds(config: UniDepthConfig, resolution: int) -> tuple[float, float]:
 
 def network_input(images: torch.Tensor, fit: Fit, quirks: Quirks = BEST) -> torch.Tensor:
     """[B, 3, h, w] float32, normalised, of images [B, 3, H, W] display-encoded 0..1."""
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     border = (fit.left, fit.right, fit.top, fit.bottom)
     images = images.float().clamp(0, 1)
-    if quirks.black_border:
-        images = (F.pad(images, border) - mean) / std
-    else:
-        images = F.pad((images - mean) / std, border)
+    images = normalised(F.pad(images, border)) if quirks.black_border else F.pad(normalised(images), border)
     return F.interpolate(images, fit.network, mode="bilinear", align_corners=False)
 
 
@@ -441,17 +437,11 @@ def made_up_camera(height: int, width: int) -> torch.Tensor:
 def to_picture(prediction: Prediction, fit: Fit, quirks: Quirks = BEST) -> Prediction:
     """The same at the picture's size; under quirks also at another one, see Quirks."""
     points = prediction.rays * prediction.radius[:, None]
-    if quirks.late_crop:
-        resized = [_resized(x, fit.size) for x in (points, prediction.rays, prediction.error[:, None])]
-    else:
-        resized = [_resized(x, fit.padded) for x in (points, prediction.rays, prediction.error[:, None])]
+    size = fit.size if quirks.late_crop else fit.padded
+    resized = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in (points, prediction.rays, prediction.error[:, None])]
     points, view, error = (fit.cut(x) for x in resized)
     camera = picture_camera(prediction.intrinsics, fit, quirks)
     return Prediction(points[:, 2], points.norm(dim=1), F.normalize(view, dim=1), error[:, 0], camera)
-
-
-def _resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 def activation_bytes(config: UniDepthConfig, patches: int, pictures: int, itemsize: int) -> int:

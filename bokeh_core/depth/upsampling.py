@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import BokehError
+from ..filters import box_mean
 
 # All lengths are pixels of the small map. Developed on our own synthetic scenes, shrunk 2 to 8 times and softened.
 RAMP = 3  # half the width of a soft edge
@@ -21,7 +22,7 @@ PRIOR = 1.5  # trust in the ramp's middle
 TEMPER, CAP = 0.75, 3.5  # trust in colours, which are not as independent as the formula has them
 NOISE = 0.002  # variance of display-encoded colour that is always there
 SMOOTHING = 1.0  # how much a pixel wants to be on its neighbours' side: no speckles, no frayed edges
-NEAREST = 0.01  # metres
+NEAREST = 0.01  # metres; networks that end in a ReLU say 0 for what almost touches the lens
 TILE = 512  # px of the photo worked on at once
 
 
@@ -149,10 +150,10 @@ def _decide(plain: torch.Tensor, image: torch.Tensor, sides: torch.Tensor, radiu
     level = ((plain - far) / (near - far).clamp_min(1e-9)).clamp(0.01, 0.99)
     likelier = (image - far_color).square().sum(0) / far_var - (image - near_color).square().sum(0) / near_var
     likelier = 0.5 * TEMPER * (likelier + 3 * (far_var / near_var).log())  # log of the likelihood of near against far
-    evidence = PRIOR * (level / (1 - level)).log() + _box(likelier.clamp(-CAP, CAP) * far_known * near_known, 1)
+    evidence = PRIOR * (level / (1 - level)).log() + box_mean((likelier.clamp(-CAP, CAP) * far_known * near_known)[None], 1)[0]
     belief = evidence
     for _ in range(2):
-        belief = evidence + SMOOTHING * (2 * _box(torch.sigmoid(belief), radius) - 1)
+        belief = evidence + SMOOTHING * (2 * box_mean(torch.sigmoid(belief)[None], radius)[0] - 1)
     across = F.pad(belief[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
     change = ((across[2:, 1:-1] - across[:-2, 1:-1]) / 2).hypot((across[1:-1, 2:] - across[1:-1, :-2]) / 2)
     cover = (0.5 + belief / (change + 0.25)).clamp(0, 1)  # over change, belief is the distance to the edge in px
@@ -163,12 +164,6 @@ def _decide(plain: torch.Tensor, image: torch.Tensor, sides: torch.Tensor, radiu
 def _between(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
     """0 up to low, 1 from high on, straight between."""
     return ((x - low) / (high - low)).clamp(0, 1)
-
-
-def _box(x: torch.Tensor, radius: int) -> torch.Tensor:
-    """Mean over a (2 radius + 1)^2 window of [h, w]; the border repeats."""
-    x = F.pad(x[None, None], (radius,) * 4, mode="replicate")
-    return F.avg_pool2d(F.avg_pool2d(x, (2 * radius + 1, 1), 1), (1, 2 * radius + 1), 1)[0, 0]
 
 
 def _continued(x: torch.Tensor, n: int) -> torch.Tensor:

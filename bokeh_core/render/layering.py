@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from ..filters import box_mean
 from .fill import CYCLES, harmonic_fill
 from .scene import Layer, Scene
 
@@ -100,11 +101,12 @@ def harden_edges(disparity: torch.Tensor, k: float) -> torch.Tensor:
     return torch.where(steep & ~plateau, snapped, d)[0, 0]
 
 
-def _box(x: torch.Tensor, radius: int) -> torch.Tensor:
-    """Mean over a (2 radius + 1)^2 window of [C, H, W]; the border repeats."""
-    x = F.pad(x[None], (radius,) * 4, mode="replicate")
-    x = F.avg_pool2d(x, (2 * radius + 1, 1), 1)
-    return F.avg_pool2d(x, (1, 2 * radius + 1), 1)[0]
+def _colours(x: torch.Tensor, weight: torch.Tensor, radius: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(mean colours [3, H, W], their variance [H, W], mean weight [H, W]) of the weighted pixels around each."""
+    share = box_mean(weight[None], radius)
+    total = share.clamp_min(1e-6)
+    mean = box_mean(x * weight, radius) / total
+    return mean, (box_mean(x * x * weight, radius) / total - mean * mean).clamp_min(0).mean(0), share[0]
 
 
 def edge_alpha(color: torch.Tensor, near: torch.Tensor, jump: torch.Tensor) -> torch.Tensor:
@@ -121,15 +123,12 @@ def edge_alpha(color: torch.Tensor, near: torch.Tensor, jump: torch.Tensor) -> t
     mask = near.to(color)
     if not bool(jump.any()):
         return mask
-    soft = _box(_box(mask[None], 1), 1)[0]
+    soft = box_mean(box_mean(mask[None], 1), 1)[0]
     soft = torch.where(near, soft.clamp(0.5, 1), soft.clamp(0, 0.5))
     x = color.clamp_min(0).sqrt()  # roughly perceptual: equal errors count equally in light and shade
 
     def side(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        total = _box(weight[None], 3).clamp_min(1e-6)
-        mean = _box(x * weight, 3) / total
-        variance = (_box(x * x * weight, 3) / total - mean * mean).clamp_min(0).mean(0)
-        return harmonic_fill(x, weight, cycles=0), variance
+        return harmonic_fill(x, weight, cycles=0), _colours(x, weight, 3)[1]
 
     behind, behind_var = side((1 - soft) ** 4)
     front, front_var = side(soft**4)
@@ -171,13 +170,12 @@ def snap_to_colors(color: torch.Tensor, disparity: torch.Tensor, cuts: list[floa
         fits, grown, known = [], [], band
         for side in (near & ~band, ~near & ~band):
             weight = side.to(color)
-            share = _box(weight[None], SNAP_WINDOW)
-            mean = _box(x * weight, SNAP_WINDOW) / share.clamp_min(1e-6)
-            variance = (_box(x * x * weight, SNAP_WINDOW) / share.clamp_min(1e-6) - mean * mean).clamp_min(0).mean(0) + 0.002
+            mean, variance, share = _colours(x, weight, SNAP_WINDOW)
+            variance = variance + 0.002
             fits.append((x - mean).square().mean(0) / variance + variance.log())
             grown.append(harmonic_fill(disparity[None], weight, cycles=0)[0])
-            known = known & (share[0] > 0.03)
-        evidence = _box(torch.where(known, fits[1] - fits[0], 0)[None], 1)[0]  # > 0: like the near side
+            known = known & (share > 0.03)
+        evidence = box_mean(torch.where(known, fits[1] - fits[0], 0)[None], 1)[0]  # > 0: like the near side
         far = near & known & (evidence < -SNAP_EVIDENCE)
         forward = ~near & known & (evidence > SNAP_EVIDENCE)
         disparity = torch.where(far, grown[1], torch.where(forward, grown[0], disparity))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import BokehError
+from ..filters import box_mean
 
 # find_shots
 WATCHED = (36, 64)  # px at which frames are compared
@@ -71,8 +72,8 @@ def find_shots(frames: Iterable[torch.Tensor]) -> list[int]:
 def _contours(frame: torch.Tensor) -> torch.Tensor:
     """[h, w] the band between fine detail and large areas of a frame, at the size of WATCHED, in units of its own local contrast."""
     grey = F.interpolate(frame[None].float(), size=WATCHED, mode="area").clamp(0, 1).mean(1, keepdim=True)
-    band = grey - _mean(grey, 4)
-    return (band / (_mean(band * band, 8).sqrt() + 0.01))[0, 0]
+    band = grey - box_mean(grey, 4)
+    return (band / (box_mean(band * band, 8).sqrt() + 0.01))[0, 0]
 
 
 def _likeness(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -166,20 +167,14 @@ def _scale_and_shift(now: torch.Tensor, then: torch.Tensor, metric: bool) -> tup
         a, b = (now - middle).abs().mean(), (then - target).abs().mean()
         if not float(a) > 1e-9 or not float(b) > 1e-9:
             return None
-        scale = a_to_b = float(b / a)
-        shift = float(target) - a_to_b * float(middle)
+        scale = float(b / a)
+        shift = float(target) - scale * float(middle)
         off = (then - now * scale - shift).abs()
         fits = off <= 3 * 1.48 * off.median() + 1e-12
         if int(fits.sum()) < 16:
             break
         now, then = now[fits], then[fits]
     return scale, shift
-
-
-def _mean(x: torch.Tensor, radius: int) -> torch.Tensor:
-    """Mean over a (2 radius + 1)^2 window of [1, C, h, w]; the border repeats."""
-    x = F.pad(x, (radius,) * 4, mode="replicate")
-    return F.avg_pool2d(F.avg_pool2d(x, (2 * radius + 1, 1), 1), (1, 2 * radius + 1), 1)
 
 
 def _small(frame: torch.Tensor) -> torch.Tensor:
@@ -193,8 +188,8 @@ def _small(frame: torch.Tensor) -> torch.Tensor:
 def _normalised(frame: torch.Tensor) -> torch.Tensor:
     """[1, 1, h, w] local contrast, the same in light and shade."""
     grey = frame.mean(1, keepdim=True)
-    band = grey - _mean(grey, 5)
-    return band / (_mean(band * band, 5).sqrt() + 0.02)
+    band = grey - box_mean(grey, 5)
+    return band / (box_mean(band * band, 5).sqrt() + 0.02)
 
 
 def _moved(picture: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
@@ -221,13 +216,13 @@ def _motion(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         flow = F.interpolate(flow, size=(height, width), mode="bilinear", align_corners=False)
         p = F.pad(a, (1, 1, 1, 1), mode="replicate")
         dx, dy = (p[..., 1:-1, 2:] - p[..., 1:-1, :-2]) / 2, (p[..., 2:, 1:-1] - p[..., :-2, 1:-1]) / 2
-        xx, xy, yy = _mean(torch.cat([dx * dx, dx * dy, dy * dy], 1), 3).split(1, 1)
+        xx, xy, yy = box_mean(torch.cat([dx * dx, dx * dy, dy * dy], 1), 3).split(1, 1)
         xx, yy = xx + 0.01, yy + 0.01  # plain places keep the motion of the coarser level
         for _ in range(3):
             off = a - _moved(b, flow)
-            sx, sy = _mean(torch.cat([dx * off, dy * off], 1), 3).split(1, 1)
+            sx, sy = box_mean(torch.cat([dx * off, dy * off], 1), 3).split(1, 1)
             determinant = xx * yy - xy * xy
             step = torch.cat([yy * sx - xy * sy, xx * sy - xy * sx], 1) / determinant
-            flow = _mean(flow + step.clamp(-1, 1) / pixels, 1)
+            flow = box_mean(flow + step.clamp(-1, 1) / pixels, 1)
     still = ((flow * pixels).square().sum(1, keepdim=True) < 0.05**2).to(flow)
     return flow * (1 - still)
