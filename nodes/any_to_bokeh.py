@@ -4,7 +4,6 @@ import torch
 from comfy_api.latest import io
 
 from ..bokeh_core.errors import BokehError
-from ..bokeh_core.optics.defocus import clip_span
 from ..bokeh_core.samplers.any_to_bokeh import mpi
 from ..bokeh_core.samplers.any_to_bokeh.preparation import PUBLISHED_SIZE, working_size
 from . import host, inputs
@@ -258,10 +257,6 @@ class BokehMPIMasks(io.ComfyNode):
 
     @classmethod
     def execute(cls, defocus, level, rule) -> io.NodeOutput:
-        from ..bokeh_core.samplers.any_to_bokeh.sampler import clip_range
-
-        low, high = clip_range(clip_span(defocus.disparity), defocus.focus)
-        disparity, focus = (defocus.disparity - low) / (high - low), (defocus.focus - low) / (high - low)
-        region = mpi.regions(disparity, focus, RULES[rule])
+        region = mpi.regions_of(defocus, RULES[rule])
         planes = (region.float() / (mpi.PLANES - 1))[..., None].expand(-1, -1, -1, 3)
         return io.NodeOutput(mpi.masks(region, level), planes.contiguous())

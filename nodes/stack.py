@@ -13,7 +13,7 @@ from ..bokeh_core.optics.stack import BokehStack, thin_lens_k
 from ..bokeh_core.render.stack import render_stack
 from ..bokeh_core.samplers.kontext_stack import recipe
 from ..bokeh_core.samplers.kontext_stack.adapter import FILE
-from ..bokeh_core.samplers.kontext_stack.colour import color_transfer
+from ..bokeh_core.samplers.kontext_stack.sampler import COLOURS, make_stack
 from ..bokeh_core.stack_files import load_stack, save_stack
 from . import flux, host, inputs
 from .render import BYTES_PER_PIXEL
@@ -22,7 +22,7 @@ from .schema import Defocus, Lens, Stack, choice, files, known, number, whole
 FOLDERS = ("loras", "model_patches")
 BEST, AS_PUBLISHED = "best", "as published"
 FIDELITIES = {BEST: recipe.BEST, AS_PUBLISHED: recipe.AS_PUBLISHED}
-BY_FIDELITY, OFF, MEAN, CONTRAST = "by fidelity", "off", "mean", "mean and contrast"
+BY_FIDELITY = "by fidelity"
 TYPED, CAMERA, EXIF = "typed", "f-numbers", "EXIF"
 WHOLE_RANGE, DIOPTRE = "whole depth range", "dioptre (1/m)"
 
@@ -126,7 +126,7 @@ class BokehGenerateStack(io.ComfyNode):
                 known(
                     io.Combo.Input,
                     "colours",
-                    options=[BY_FIDELITY, OFF, MEAN, CONTRAST],
+                    options=[BY_FIDELITY, *COLOURS],
                     default=BY_FIDELITY,
                     optional=True,
                     advanced=True,
@@ -164,26 +164,35 @@ class BokehGenerateStack(io.ComfyNode):
     ) -> io.NodeOutput:
         flux.require_attached(model)
         k = recipe.parse_k_list(k_values)
-        photo, fidelity = inputs.one(image), FIDELITIES[fidelity]
-        height, width = photo.shape[1:]
-        size = recipe.working_size(width, height, resolution, fidelity)
-        reference = recipe.resize(photo, *size)
-        latent = vae.encode(reference.movedim(0, -1)[None])
-        positives = flux.encode_prompts(clip, [recipe.prompt_for(prompt, value) for value in k], guidance, latent)
-        noise = recipe.shared_noise(seed, *latent.shape[1:], rounding=fidelity.rounding)
-        sigmas, embedding = recipe.schedule(*size, steps), fidelity.rounding or torch.float32
+        photo, chosen = inputs.one(image), FIDELITIES[fidelity]
         progress = flux.stack_progress(model, len(k), steps)
-        latents = [
-            flux.sample(model, positive, value, noise, sigmas, seed, progress(i), embedding)
-            for i, (value, positive) in enumerate(zip(k, positives, strict=True))
-        ]
-        frames = torch.empty((len(k), *reference.shape), device=host.output_device())
-        contrast = fidelity.match_contrast if colours == BY_FIDELITY else colours == CONTRAST
-        for i, sampled in enumerate(latents):
-            frame = vae.decode(sampled)[0, ..., :3].movedim(-1, 0).float().clamp(0, 1)
-            frames[i] = frame if colours == OFF else color_transfer(frame, reference, match_contrast=contrast)
-        settings = {"guidance_scale": guidance, "num_inference_steps": steps, "prompt_template": prompt, "original_size": [width, height]}
-        return _result(BokehStack(reference.to(frames.device), frames, k, source="kontext", settings=settings), cls)
+
+        def encode(reference, prompts):
+            latent = vae.encode(reference.movedim(0, -1)[None])
+            return latent, flux.encode_prompts(clip, prompts, guidance, latent)
+
+        def sample(i, positive, noise, sigmas):
+            return flux.sample(model, positive, k[i], noise, sigmas, seed, progress(i), chosen.rounding or torch.float32)
+
+        def decode(i, sampled):
+            return vae.decode(sampled)[0, ..., :3].movedim(-1, 0).float().clamp(0, 1)
+
+        stack = make_stack(
+            photo,
+            k,
+            encode=encode,
+            sample=sample,
+            decode=decode,
+            fidelity=chosen,
+            resolution=resolution,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            colour=None if colours == BY_FIDELITY else colours,
+            template=prompt,
+            device=host.output_device(),
+        )
+        return _result(stack, cls)
 
 
 class BokehStackRendered(io.ComfyNode):

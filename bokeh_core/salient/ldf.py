@@ -15,6 +15,7 @@ from ..checkpoints.catalogue import UNSTATED, Report
 from ..checkpoints.loading import load_strict
 from ..checkpoints.reading import read_checkpoint, strip_prefix
 from ..errors import BokehError
+from ..pixels import from_bytes, to_bytes
 
 SIDE = 352  # the network's input is a square of this size
 MARKS = {"bkbone.conv1.weight", "decoderb.conv0.weight"}  # no other network has both
@@ -221,9 +222,9 @@ def prepare(image: torch.Tensor) -> torch.Tensor:
     import numpy as np
     from PIL import Image
 
-    levels = (image.detach().float().nan_to_num().clamp(0, 1) * 255).round().byte().movedim(0, -1).cpu().numpy()
-    small = Image.fromarray(np.ascontiguousarray(levels)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    square = torch.from_numpy(np.array(small)).movedim(-1, 0) / 255
+    levels = to_bytes(image.detach().float().nan_to_num())
+    small = Image.fromarray(levels).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    square = from_bytes(np.array(small))
     return (square - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 

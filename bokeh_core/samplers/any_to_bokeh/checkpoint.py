@@ -14,20 +14,13 @@ from ...checkpoints.loading import adopt, load_strict
 from ...checkpoints.reading import read_checkpoint
 from ...checkpoints.stable_diffusion import Part, read_folder
 from ...errors import BokehError
+from ..arguments import Placed as Network
+from ..arguments import place
 from .image_encoder import ImageEncoder, encoder_config
 
 SOURCE = "the checkpoint archive linked in the README of github.com/vivoCameraResearch/any-to-bokeh"
 ENCODER_SOURCE = "https://huggingface.co/stabilityai/stable-video-diffusion-img2vid-xt (folder image_encoder)"
 _POSITIONS = "vision_model.embeddings.position_ids"  # a buffer some copies carry; it holds 0, 1, 2, ...
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network, where its inputs go, and the dtype it computes in. A host may hand in its own object with these three attributes."""
-
-    network: nn.Module
-    device: torch.device
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ def load(files: Files, device: torch.device | str = "cpu", dtype: torch.dtype | 
         stored = next(t.dtype for t in tensors.values() if t.ndim > 1)
         chosen = dtype or (stored if device.type == "cuda" else torch.float32)
         chosen = torch.float32 if name == "encoder" else chosen
-        networks[name] = Network(build(nn, {key: value.to(device, chosen) for key, value in tensors.items()}), device, chosen)
+        networks[name] = place(build, tensors, device, chosen)
     return networks
 
 

@@ -6,6 +6,9 @@ switch that turns the masks on, for training, and as masks of their own.
 
 import torch
 
+from ...optics.defocus import Defocus, clip_span
+from .preparation import clip_range
+
 PLANES = 4
 PAPER, TRAINING, RELEASED = 1.0, 1.0, 1.5  # exponent of the focus disparity: equation 2, training loader, inference loader
 _NO_FOCUS = 1e-6  # stands for focus^alpha where the focus disparity is 0 or less
@@ -30,6 +33,12 @@ def regions(disparity: torch.Tensor, focus: torch.Tensor, alpha: float = RELEASE
         inner = borders(f, alpha, planes)[1:-1].to(d.device)
         found.append(torch.bucketize((d - f).abs(), inner).to(torch.uint8))
     return torch.stack(found)
+
+
+def regions_of(defocus: Defocus, alpha: float = RELEASED, planes: int = PLANES) -> torch.Tensor:
+    """`regions` of every frame of a Defocus: its disparities and focus in the range of the whole clip, as the network gets them."""
+    low, high = clip_range(clip_span(defocus.disparity), defocus.focus)
+    return regions((defocus.disparity - low) / (high - low), (defocus.focus - low) / (high - low), alpha, planes)
 
 
 def masks(region: torch.Tensor, level: int) -> torch.Tensor:

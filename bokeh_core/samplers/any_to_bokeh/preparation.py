@@ -55,6 +55,12 @@ def working_size(height: int, width: int, resolution: int = PUBLISHED_SIZE[1]) -
     return best
 
 
+def clip_range(span: tuple[float, float], focus: torch.Tensor) -> tuple[float, float]:
+    """(low, high) of disparity that become 0 and 1 for the network: (0, 1) for relative maps, else the clip's own, focus included."""
+    low, high = span
+    return min(low, float(focus.min())), max(high, float(focus.max()))
+
+
 def disparity_difference(disparity: torch.Tensor, focus: torch.Tensor) -> torch.Tensor:
     """[B, H, W] 0..1: V_D = |disparity - focus|, which no longer tells near from far. disparity [B, H, W] and focus [B], 0..1."""
     return (disparity.float() - focus.to(disparity.device).float()[:, None, None]).abs()

@@ -15,7 +15,9 @@ from ...errors import BokehError
 from ...optics.defocus import Defocus, clip_span
 from ...optics.published_k import any_to_bokeh_k
 from ...video import segments
+from ..arguments import at_once, check_pictures
 from . import mpi, preparation
+from .preparation import clip_range
 
 ZERO_MASK = 255  # a region map of this value masks every visual token out, which is what the released code does
 
@@ -40,10 +42,6 @@ FIDELITIES = {"best": BEST, "as published": AS_PUBLISHED}
 
 Progress = Callable[[float, int], None] | None
 Noise = Callable[[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]]  # (first segment, shape) -> for pictures, for differences
-
-
-def _now(work: Callable, size: int):
-    return work(size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,7 +263,7 @@ def stream_shot(
     start: int = 0,
     carry: torch.Tensor | None = None,
     step: Callable[[float], None] = lambda amount: None,
-    shrinking: Callable = _now,
+    shrinking: Callable = at_once,
     on_prediction: Callable[[list[torch.Tensor]], Any] = lambda latents: None,
 ) -> Iterator[Piece]:
     """The same as `whole_shot` with every frame encoded once and the frames of three halves in memory; -1..1.
@@ -306,12 +304,6 @@ def stream_shot(
 
 
 # A clip
-
-
-def clip_range(span: tuple[float, float], focus: torch.Tensor) -> tuple[float, float]:
-    """(low, high) of disparity that become 0 and 1 for the network: (0, 1) for relative maps, else the clip's own, focus included."""
-    low, high = span
-    return min(low, float(focus.min())), max(high, float(focus.max()))
 
 
 def prepared(
@@ -371,7 +363,7 @@ def render_clip(
     start: int = 0,
     carry: torch.Tensor | None = None,
     progress: Progress = None,
-    shrinking: Callable = _now,
+    shrinking: Callable = at_once,
 ) -> Iterator[Piece]:
     """Depth of field for a clip of any length; at most three half segments (12 frames) are held.
 
@@ -448,7 +440,7 @@ def render(
     seed: int = 0,
     shots: tuple[int, ...] = (0,),
     progress: Progress = None,
-    shrinking: Callable = _now,
+    shrinking: Callable = at_once,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A batch of frames in memory: image [B, 3, H, W] 0..1 and its Defocus; one picture serves a Defocus of many frames and the reverse.
@@ -456,14 +448,10 @@ def render(
     out  [frames, 3, H, W] to write to; default: a new tensor on the image's device. Other arguments as in render_clip.
     Raises BokehError for shapes that do not match.
     """
-    if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
-        raise BokehError(f"The clip has shape {list(image.shape)}; expected [frames, 3, height, width] with no zero size.")
+    check_pictures(image, defocus, "clip")
     (given, _, *size), maps = image.shape, len(defocus.focus)
     if given != maps and 1 not in (given, maps):
         raise BokehError(f"The clip has {given} frames and the defocus {maps}; the counts must be equal, or one of them 1.")
-    if tuple(defocus.disparity.shape[1:]) != tuple(size):
-        found = f"{defocus.disparity.shape[2]}x{defocus.disparity.shape[1]}"
-        raise BokehError(f"The defocus is {found} px but the clip is {size[1]}x{size[0]} px; make the defocus from these frames.")
     count = max(given, maps)
     if out is None:
         out = image.new_empty(count, 3, *size)

@@ -10,6 +10,7 @@ from ...checkpoints.lora import lora_pairs, merge_lora
 from ...checkpoints.reading import read_checkpoint
 from ...checkpoints.stable_diffusion import Part, read_unet, read_vae
 from ...errors import BokehError
+from ..arguments import Placed, place
 from .network import build_unet, build_vae
 from .prompt import embed_prompt, read_text_encoders
 
@@ -39,15 +40,6 @@ class Weights:
     vae: Part
     text: torch.Tensor
     pooled: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A network with the device and dtype it works in."""
-
-    network: torch.nn.Module
-    device: torch.device
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -81,12 +73,10 @@ def load_bokehdiff(
     Raises BokehError when a file is not what it should be.
     """
     weights, device = read_bokehdiff(base, lora, vae_ckpt), torch.device(device)
-
-    def place(build, part, dtype):
-        return Placed(build(part.config, {name: tensor.to(device, dtype) for name, tensor in part.tensors.items()}), device, dtype)
-
-    vae = place(build_vae, weights.vae, torch.float32 if dtype == torch.float16 else dtype)
-    return BokehDiff(place(build_unet, weights.unet, dtype), vae, weights.text, weights.pooled)
+    in_vae = torch.float32 if dtype == torch.float16 else dtype
+    unet = place(lambda ops, tensors: build_unet(weights.unet.config, tensors, ops), weights.unet.tensors, device, dtype)
+    vae = place(lambda ops, tensors: build_vae(weights.vae.config, tensors, ops), weights.vae.tensors, device, in_vae)
+    return BokehDiff(unet, vae, weights.text, weights.pooled)
 
 
 def read_bokehdiff(base: str | Path, lora: str | Path, vae_ckpt: str | Path) -> Weights:

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ...pixels import lanczos
+
 MULTIPLE = 8  # px: sides of the processed picture
 
 
@@ -74,15 +76,6 @@ def to_multiples(image: np.ndarray, maps: torch.Tensor) -> tuple[torch.Tensor, t
 def focus_shifts(defocus: torch.Tensor) -> torch.Tensor:
     """[3] the published refocusing of one picture: added to the signed defocus before its absolute value (SPEC 5.4)."""
     return torch.stack([-0.6 * defocus.min(), defocus.new_zeros(()), -0.6 * defocus.max()])
-
-
-def lanczos(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [H, W] or [H, W, 3] resized as PIL does."""
-    if picture.shape[:2] == (height, width):
-        return picture
-    from PIL import Image
-
-    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def bilinear(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:

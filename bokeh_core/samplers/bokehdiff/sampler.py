@@ -8,9 +8,13 @@ import torch
 from ...errors import BokehError
 from ...optics.defocus import Defocus, clip_span, fit_disparity
 from ...optics.published_k import bokehdiff_k
+from ...pixels import from_bytes, lanczos, to_bytes
 from ...tiling import Blend
+from ..arguments import Placed, at_once
+from ..one_step import alphas_cumprod as alpha_bar
+from ..one_step import one_step
 from . import preparation
-from .checkpoint import BokehDiff, Placed
+from .checkpoint import BokehDiff
 from .network import token_grid
 from .pisa import PISA_AS_PUBLISHED, Draws, Pisa, scene_blocks, scene_of
 
@@ -72,7 +76,7 @@ def render(
         raise BokehError(f"There are {len(image)} pictures and {len(defocus.focus)} frames of defocus; give as many, or one of either.")
     height, width = image.shape[-2:]
     out = image.new_empty((count, 3, height, width), dtype=torch.float32) if out is None else out
-    shrinking = shrinking or (lambda work, size, smallest: work(size))
+    shrinking = shrinking or at_once
     load = load or (lambda networks, size: None)
     span = (float(defocus.disparity.min()), float(defocus.disparity.max())) if defocus.metric else clip_span(defocus.disparity)
     blurred = [i for i in range(count) if float(defocus.k[i % len(defocus.k)]) != 0]
@@ -161,8 +165,7 @@ def condition(image: torch.Tensor, defocus: Defocus, fidelity: Fidelity, span: t
         spread = 1 - spread
     maps = torch.cat([spread, signed])
     if fidelity.stretched:
-        bytes_ = (image[0].movedim(0, -1) * 255).round().byte().cpu().numpy()
-        pixels, maps = preparation.to_multiples(bytes_, maps)
+        pixels, maps = preparation.to_multiples(to_bytes(image[0]), maps)
         pixels = pixels[None].to(image.device)
     else:
         pixels, maps = mirrored(image * 2 - 1), mirrored(maps)
@@ -186,8 +189,7 @@ def finish(picture: torch.Tensor, one: Condition, fidelity: Fidelity) -> torch.T
         return picture[..., : one.size[0], : one.size[1]]
     if picture.shape[-2:] == one.size:
         return picture
-    small = preparation.lanczos((picture[0].movedim(0, -1) * 255).round().byte().cpu().numpy(), *one.size)
-    return torch.from_numpy(small).movedim(-1, 0)[None].float() / 255
+    return from_bytes(lanczos(to_bytes(picture[0]), *one.size))[None]
 
 
 # --- encode, one step, decode -------------------------------------------------------------------------------------------------------
@@ -241,16 +243,6 @@ def bokeh_latents(
     radius = bokehdiff_k(one.defocus, side) / 10
     noise = predict_noise(model, latents, torch.cat([one.disparity, radius], 1), fidelity, tile // LATENT, draws, inside)
     return one_step(latents, noise.to(latents), float(alpha_bar()[TIMESTEP]))
-
-
-def alpha_bar(start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> torch.Tensor:
-    """[steps] share of the signal's power left, for the scaled-linear schedule of Stable Diffusion (SPEC section 2)."""
-    return (1 - torch.linspace(start**0.5, end**0.5, steps) ** 2).cumprod(0)
-
-
-def one_step(latents: torch.Tensor, noise: torch.Tensor, alpha_bar: float) -> torch.Tensor:
-    """x0 = (z - sqrt(1 - a) eps) / sqrt(a): the step to no noise at all; nothing is clipped (SPEC section 2)."""
-    return (latents - (1 - alpha_bar) ** 0.5 * noise) / alpha_bar**0.5
 
 
 def predict_noise(

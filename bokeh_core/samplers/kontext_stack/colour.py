@@ -9,6 +9,8 @@ import functools
 import numpy as np
 import torch
 
+from ...pixels import from_bytes, to_bytes
+
 # sRGB (D65) to XYZ and back; the white point divides out.
 _TO_XYZ = np.array([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]])
 _FROM_XYZ = np.array([[3.240479, -1.53715, -0.498535], [-0.969256, 1.875991, 0.041556], [0.055648, -0.204043, 1.057311]])
@@ -21,8 +23,7 @@ def color_transfer(frame: torch.Tensor, reference: torch.Tensor, *, match_contra
 
     match_contrast  also match the spread, as the published run does; this raises the contrast of strongly blurred frames
     """
-    pixels = [(image.clamp(0, 1) * 255).round().byte().movedim(0, -1).cpu().numpy() for image in (frame, reference)]
-    return torch.from_numpy(color_transfer_lab(pixels[1], pixels[0], match_contrast)).movedim(-1, 0).to(frame.device).float() / 255
+    return from_bytes(color_transfer_lab(to_bytes(reference), to_bytes(frame), match_contrast)).to(frame.device)
 
 
 def color_transfer_lab(source: np.ndarray, target: np.ndarray, adjust_std: bool) -> np.ndarray:

@@ -7,6 +7,7 @@ import torch
 
 from ...errors import BokehError
 from ...optics.published_k import BOKEHDEPTH_K
+from ...pixels import from_bytes, lanczos, to_bytes
 
 PROMPT = (
     "Set dof_cond = {value:.2f} (stronger background defocus); preserve subject sharpness; "
@@ -194,10 +195,4 @@ def position_ids(height: int, width: int, first: int) -> torch.Tensor:
 
 def resize(image: torch.Tensor, width: int, height: int) -> torch.Tensor:
     """[3, height, width] from an image [3, H, W] 0..1, by the 8-bit Lanczos filter the published run uses. float32."""
-    from PIL import Image
-
-    pixels = (image.clamp(0, 1) * 255).round().byte().movedim(0, -1).cpu().contiguous().numpy()
-    picture = Image.fromarray(pixels)
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, 3).movedim(-1, 0) / 255
+    return from_bytes(lanczos(to_bytes(image), height, width))

@@ -1,9 +1,11 @@
-"""Picture and K list in, bokeh stack out, with diffusers' FLUX transformer and VAE (BokehDepth stage 1, SPEC section 5).
+"""Picture and K list in, bokeh stack out (BokehDepth stage 1, SPEC section 5).
 
-For use without ComfyUI; in ComfyUI the same recipe runs on its own FLUX model, samplers and memory management.
+make_stack is the recipe. generate_stack runs it with diffusers' FLUX transformer and VAE, for use without ComfyUI; ComfyUI runs it with
+its own FLUX model, samplers and memory management.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -31,11 +33,55 @@ from .recipe import (
     working_size,
 )
 
-COLOURS = ("mean", "off", "mean and contrast")
+COLOURS = ("off", "mean", "mean and contrast")
 
 EncodeText = Callable[[str], tuple[torch.Tensor, torch.Tensor]]
 Progress = Callable[[float, int], None]
 Step = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+def make_stack(
+    image: torch.Tensor,
+    k: list[float],
+    *,
+    encode: Callable[[torch.Tensor, list[str]], tuple[torch.Tensor, list]],
+    sample: Callable[[int, Any, torch.Tensor, torch.Tensor], torch.Tensor],
+    decode: Callable[[int, torch.Tensor], torch.Tensor],
+    fidelity: Fidelity,
+    resolution: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    colour: str | None,
+    template: str,
+    device: torch.device | str = "cpu",
+) -> BokehStack:
+    """The stack of an image [3, H, W] by networks of any kind, each of which does all its work before the next one is needed.
+
+    encode    (reference [3, h, w], prompts) -> (its latent [1, C, h/8, w/8], a condition for each prompt)
+    sample    (number of the frame, its condition, noise like the latent, sigmas [steps + 1]) -> the latents of the frame
+    decode    (number of the frame, its latents) -> the frame [3, h, w] 0..1
+    guidance  for the stack's settings; `sample` uses it
+    device    where to put the stack
+    Others as in generate_stack. Raises BokehError for K of 0 and below, an unknown colour transfer and steps below 1.
+    """
+    check_k_list(k)
+    colour = colour or ("mean and contrast" if fidelity.match_contrast else "mean")
+    if colour not in COLOURS:
+        raise BokehError(f"The colour transfer is '{colour}'; expected one of {', '.join(COLOURS)}.")
+    height, width = image.shape[-2:]
+    size = working_size(width, height, resolution, fidelity)
+    sigmas = schedule(*size, steps)
+    reference = resize(image, *size)
+    latent, conditions = encode(reference, [prompt_for(template, value) for value in k])
+    noise = shared_noise(seed, *latent.shape[1:], rounding=fidelity.rounding)
+    latents = [sample(i, condition, noise, sigmas) for i, condition in enumerate(conditions)]
+    frames = torch.empty((len(k), *reference.shape), device=device)
+    for i, sampled in enumerate(latents):
+        frame = decode(i, sampled)
+        frames[i] = frame if colour == "off" else color_transfer(frame, reference, match_contrast=colour == "mean and contrast")
+    settings = {"guidance_scale": guidance, "num_inference_steps": steps, "prompt_template": template, "original_size": [width, height]}
+    return BokehStack(reference.to(device), frames, k, source="kontext", settings=settings)
 
 
 def generate_stack(
@@ -66,32 +112,40 @@ def generate_stack(
     colour       one of COLOURS, None: as the fidelity says
     progress     (frames done, N), parts of a frame counted
     """
-    check_k_list(k)
-    colour = colour or ("mean and contrast" if fidelity.match_contrast else "mean")
-    if colour not in COLOURS:
-        raise BokehError(f"The colour transfer is '{colour}'; expected one of {', '.join(COLOURS)}.")
-    height, width = image.shape[-2:]
-    size = working_size(width, height, resolution, fidelity)
-    reference = resize(image, *size)
-    latent = encode_image(vae, reference)
-    noise = shared_noise(seed, *latent.shape[1:], rounding=fidelity.rounding)
-    sigmas = schedule(*size, steps)
-    frames = []
-    for i, value in enumerate(k):
 
-        def step(done: int, *_, i: int = i) -> None:
-            if progress is not None:
-                progress(i + (done + 1) / (steps + 1), len(k))
-
-        text, pooled = encode_text(prompt_for(template, value))
-        vectors = adapter.vectors_of_k([value], fidelity.rounding or torch.float32)
-        sampled = sample(transformer, noise, latent, text, pooled, vectors, sigmas, guidance, fidelity.rounding, step)
-        frame = decode_image(vae, sampled)
-        frames.append(frame if colour == "off" else color_transfer(frame, reference, match_contrast=colour == "mean and contrast"))
+    def tell(done: int) -> None:
+        """done: sampling steps and decoded frames together."""
         if progress is not None:
-            progress(i + 1, len(k))
-    settings = {"guidance_scale": guidance, "num_inference_steps": steps, "prompt_template": template, "original_size": [width, height]}
-    return BokehStack(reference, torch.stack(frames).cpu(), k, source="kontext", settings=settings)
+            progress(done / (steps + 1), len(k))
+
+    def encode(reference: torch.Tensor, prompts: list[str]):
+        latent = encode_image(vae, reference)
+        return latent, [(latent, *encode_text(prompt)) for prompt in prompts]
+
+    def sample_frame(i: int, condition, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+        vectors = adapter.vectors_of_k([k[i]], fidelity.rounding or torch.float32)
+        args = (transformer, noise, *condition, vectors, sigmas, guidance, fidelity.rounding)
+        return sample(*args, step=lambda done, *_: tell(i * steps + done + 1))
+
+    def decode(i: int, sampled: torch.Tensor) -> torch.Tensor:
+        frame = decode_image(vae, sampled)
+        tell(len(k) * steps + i + 1)
+        return frame
+
+    return make_stack(
+        image,
+        k,
+        encode=encode,
+        sample=sample_frame,
+        decode=decode,
+        fidelity=fidelity,
+        resolution=resolution,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        colour=colour,
+        template=template,
+    )
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from ...checkpoints.loading import adopt, load_strict
 from ...checkpoints.lora import lora_pairs, merge_lora
 from ...checkpoints.stable_diffusion import Part, read_unet, read_vae
 from ...errors import BokehError
+from ..arguments import Placed, place
 from .lora_file import MagicBokehFile, read_magicbokeh
 from .network import ControlNet, Decoder, Encoder, PrunedUNet, pruned_unet
 
@@ -32,23 +33,14 @@ class Blueprint:
     compute_in: tuple[torch.dtype, ...]
 
 
-@dataclass(frozen=True)
-class Placed:
-    """A network on a device, for use without a host."""
-
-    network: nn.Module
-    device: torch.device
-    dtype: torch.dtype
-
-
 @dataclass(frozen=True, eq=False)
 class MagicBokeh:
     """The four networks (each `Placed`, or managed by a host: anything with .network, .device and .dtype) and the latents' scale."""
 
-    encoder: object
-    controlnet: object
-    unet: object
-    decoder: object
+    encoder: Placed
+    controlnet: Placed
+    unet: Placed
+    decoder: Placed
     scaling_factor: float = SCALING_FACTOR
 
 
@@ -59,22 +51,25 @@ def load_magicbokeh(base: str | Path, file: str | Path, device="cpu", dtype: tor
     file    lora.pkl, or magicbokeh.safetensors made from it
     dtype   of ControlNet and UNet: float32 or float16; the VAE is float32
     """
-    device = torch.device(device)
-
-    def place(blueprint: Blueprint) -> Placed:
-        own = dtype if dtype in blueprint.compute_in else torch.float32
-        return Placed(blueprint.build(nn, {name: t.to(device, own) for name, t in blueprint.tensors.items()}), device, own)
-
     parts, scaling_factor = read_blueprints(base, file)
-    return MagicBokeh(**{name: place(blueprint) for name, blueprint in parts.items()}, scaling_factor=scaling_factor)
+    placed = {
+        name: place(part.build, part.tensors, torch.device(device), dtype if dtype in part.compute_in else torch.float32)
+        for name, part in parts.items()
+    }
+    return MagicBokeh(**placed, scaling_factor=scaling_factor)
 
 
 def read_blueprints(base: str | Path, file: str | Path) -> tuple[dict[str, Blueprint], float]:
     """The networks by their names in `MagicBokeh`, and the VAE's scaling factor. Raises BokehError for files that are not these."""
     own = read_magicbokeh(file)
-    _check_prediction(Path(base))
-    unet, vae = read_unet(base), read_vae(base, SCALING_FACTOR)
+    unet, vae = read_base(base)
     return blueprints(unet, vae, own, Path(base).name), vae.config["scaling_factor"]
+
+
+def read_base(base: str | Path) -> tuple[Part, Part]:
+    """UNet and VAE of SD 2.1-base: a diffusers folder or a single checkpoint file. Raises BokehError for the 768 px model and others."""
+    _check_prediction(Path(base))
+    return read_unet(base), read_vae(base, SCALING_FACTOR)
 
 
 def blueprints(unet: Part, vae: Part, own: MagicBokehFile, base: str = "the base model") -> dict[str, Blueprint]:

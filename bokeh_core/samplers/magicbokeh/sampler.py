@@ -14,7 +14,10 @@ from ...optics import focus as focusing
 from ...optics.defocus import Defocus, clip_span, fit_disparity
 from ...optics.published_k import magicbokeh_defocus
 from ...tiling import Blend
+from ..arguments import at_once, check_pictures
 from ..colour_fix import adain, mean_fix, wavelet_fix
+from ..one_step import alphas_cumprod
+from ..one_step import one_step as one_step_from
 from .checkpoint import MagicBokeh
 from .network import LATENT_CELL, TIMESTEP, focus_regions
 from .patches import PATCH, box_window, grid, reflected, tiles, window
@@ -50,10 +53,6 @@ FIDELITIES = {"best": BEST, "as published": AS_PUBLISHED}
 Progress = Callable[[float, int], None]
 
 
-def _now(work: Callable, size: int, smallest: int = 1):
-    return work(size)
-
-
 def _nothing(*_) -> None:
     pass
 
@@ -71,7 +70,7 @@ def render(
     seed: int = 0,
     progress: Progress | None = None,
     load: Callable[[list, int], None] = _nothing,
-    shrinking: Callable = _now,
+    shrinking: Callable = at_once,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Restore a batch of pictures and render depth of field into them.
@@ -93,15 +92,11 @@ def render(
     """
     if mode not in MODES or colour_fix not in COLOUR_FIXES:
         raise BokehError(f"Unknown mode '{mode}' or colour fix '{colour_fix}'; use {', '.join(MODES)} and {', '.join(COLOUR_FIXES)}.")
-    if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
-        raise BokehError(f"The picture has shape {list(image.shape)}; expected [frames, 3, height, width] with no zero size.")
+    check_pictures(image, defocus)
     pictures, _, height, width = image.shape
     maps = len(defocus.disparity) if defocus is not None else pictures
     if pictures != maps and 1 not in (pictures, maps):
         raise BokehError(f"There are {pictures} pictures but {maps} depth maps; give one depth map, or one for each picture.")
-    if defocus is not None and tuple(defocus.disparity.shape[1:]) != (height, width):
-        found = "x".join(str(n) for n in defocus.disparity.shape[:0:-1])
-        raise BokehError(f"The defocus is {found} px but the picture is {width}x{height} px; make the defocus from this picture.")
     frames = max(pictures, maps)
     size = enlarged_size(height, width, upscale)
     if out is None:
@@ -218,15 +213,8 @@ def predict_eps(model: MagicBokeh, latents: torch.Tensor, condition: torch.Tenso
 
 
 def one_step(latent: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-    """x0 = (z - sqrt(1 - a) eps) / sqrt(a) in float32, a = alpha bar at t = 999. An error of eps grows 14.6 times here."""
-    a = alphas_cumprod()[TIMESTEP].to(latent.device)
-    return (latent.float() - (1 - a).sqrt() * eps.float()) / a.sqrt()
-
-
-def alphas_cumprod() -> torch.Tensor:
-    """[1000] alpha bar of Stable Diffusion's schedule: betas even in their square roots from 0.00085 to 0.012."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32) ** 2
-    return torch.cumprod(1.0 - betas, dim=0)
+    """x0 [B, 4, h, w] float32 from the noisiest latent there is, t = 999. An error of eps grows 14.6 times here."""
+    return one_step_from(latent, eps, alphas_cumprod()[TIMESTEP])
 
 
 def decoded(model: MagicBokeh, x0: torch.Tensor) -> torch.Tensor:
@@ -269,7 +257,7 @@ def _room(part, numbers: int) -> int:
 class _Path:
     """One photo on its way through the networks. The modes differ in how they cut it."""
 
-    def __init__(self, model: MagicBokeh, photo: torch.Tensor, load: Callable = _nothing, shrinking: Callable = _now):
+    def __init__(self, model: MagicBokeh, photo: torch.Tensor, load: Callable = _nothing, shrinking: Callable = at_once):
         """photo [3, H, W] 0..1 on the VAE's device. Sides below a patch are mirrored outwards."""
         self.model, self.load, self.shrinking = model, load, shrinking
         self.size = photo.shape[-2:]
