@@ -78,7 +78,7 @@ def load_stack(path: str | Path, entry: int = 0) -> BokehStack:
     path = Path(path)
     if path.is_dir():
         path = path / "manifest.jsonl"
-    entries = _read_entries(path)
+    entries = read_entries(path)
     if not 0 <= entry < len(entries):
         raise BokehError(f"{path} has {len(entries)} stacks; there is no number {entry} (they count from 0).")
     about = entries[entry]
@@ -118,7 +118,8 @@ def load_stack(path: str | Path, entry: int = 0) -> BokehStack:
     return BokehStack(reference, torch.stack(frames), k, bool(about.get("k_per_dioptre")), source, settings)
 
 
-def _read_entries(path: Path) -> list[dict]:
+def read_entries(path: Path) -> list[dict]:
+    """The objects in a manifest, .jsonl (one a line) or .json (one, or a list). Raises BokehError when there is none."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -143,7 +144,7 @@ def _index_of(about: dict, home: Path) -> dict:
     if not isinstance(about.get("stack_index"), str):
         return {}
     file = home / about["stack_index"]
-    return _read_entries(file)[0] if os.path.isfile(file) else {}  # of a name too long Path.is_file raises
+    return read_entries(file)[0] if os.path.isfile(file) else {}  # of a name too long Path.is_file raises
 
 
 def _inside(home: Path, name: str, manifest: Path) -> Path:

@@ -14,9 +14,10 @@ class Group:
     """Parameters with one optimiser and one schedule.
 
     parameters    by their full name in the task
-    optimiser     "adamw" or "prodigy"
+    optimiser     "adamw" or "prodigy" (with bias correction and safeguarded warm-up); one kind in a part
     schedule      step (from 0, of this group's own updates) -> factor on the learning rate
     clip          the gradient's norm over the group is cut to this; None: never
+    keep_gradients  published quirk of BokehDiff's script: the gradient is never zeroed, each step takes the running sum
     """
 
     parameters: dict[str, nn.Parameter]
@@ -26,6 +27,7 @@ class Group:
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip: float | None = None
+    keep_gradients: bool = False
     schedule: Callable[[int], float] = field(default=lambda step: 1.0)
 
 
@@ -34,7 +36,8 @@ class Task(nn.Module, ABC):
 
     A subclass holds its networks as submodules and builds them in __init__ from the released files that the recipe names. It has the
     class attributes `Model`, `Data` and `Options`: frozen dataclasses that the tables [model], [data] and [options] of the recipe's TOML
-    fill; their fields are documented there. `__init__(model, data, options, seed)`.
+    fill; their fields are documented there. `__init__(model, data, options, seed)`. The engine puts the task into training mode for its
+    steps and into evaluation mode for previews and measures; trained parameters are float32.
     """
 
     Model: type
@@ -70,6 +73,19 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def measure(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """[B] per metric on held-out samples, e.g. {"psnr": ...}; the first is the one that counts."""
+
+    def notes(self) -> list[str]:
+        """Sentences on what this run leaves out, such as a loss whose network no file was named for."""
+        return []
+
+    def baselines(self, batch: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+        """The metrics of `measure` for simple things that a trained network has to beat, by their names: the sharp picture as it is, or
+        the physical renderer where the sample has a disparity."""
+        return {}
+
+    def renderer(self) -> Callable | None:
+        """What is trained as a renderer that `judge` can judge (see there); None where it is none."""
+        return None
 
     @abstractmethod
     def save(self, folder: Path) -> list[Path]:
