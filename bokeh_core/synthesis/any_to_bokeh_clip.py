@@ -1,6 +1,7 @@
 """Any-to-Bokeh's training clips: cut-outs wandering before a still picture, each on its own level plane (its dataset_synthsis)."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,28 +36,38 @@ class ClipDraws:
 
 
 def place_objects(
-    foregrounds: list[list[np.ndarray]], mattes: list[list[np.ndarray]], width: int, height: int, draws: ClipDraws
+    foregrounds: list[list[np.ndarray]],
+    mattes: list[list[np.ndarray]],
+    width: int,
+    height: int,
+    draws: ClipDraws,
+    window: range | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut-outs on the frames of a clip. Returns colour [F, n, H, W, 3] and matte [F, n, H, W], uint8.
 
     foregrounds[object][frame] [h, w, 3] uint8, mattes[object][frame] [h, w] uint8. Each object starts in its own cell of a grid and takes
-    random steps of up to 40 px. Errors: BokehError when a frame has an empty matte (the published script drops such a clip).
+    random steps of up to 40 px. window: only these consecutive frames are made, as they are in the whole clip.
+    Errors: BokehError when a frame has an empty matte (the published script drops such a clip).
     """
     from PIL import Image
 
     count, frames = len(foregrounds), len(foregrounds[0])
+    window = window or range(frames)
     rows, columns = math.ceil(math.sqrt(count)), math.floor(math.sqrt(count))
     if rows * columns < count:
         raise BokehError(f"{count} objects do not fit the published grid of {rows} x {columns} cells; use 1, 2, 4, 5 or 6.")
     cell = ((width - 20) // columns, (height - 20) // rows)
     xs, ys = (draws.integers(-(side // 2), side - side // 2, count) for side in cell)
-    colour = np.zeros((frames, count, height, width, 3), np.uint8)
-    matte = np.zeros((frames, count, height, width), np.uint8)
+    colour = np.zeros((len(window), count, height, width, 3), np.uint8)
+    matte = np.zeros((len(window), count, height, width), np.uint8)
     for i in range(count):
         center = [int((i % columns + 0.5) * cell[0]) + xs[i], int((i // columns + 0.5) * cell[1]) + ys[i]]
         factor, angle = draws.uniform(0.5, 0.8), draws.uniform(-10, 10)
         scale = None
         for frame in range(frames):
+            if frame and frame not in window:
+                center = [c + step for c, step in zip(center, draws.integers(-40, 40, 2), strict=True)]
+                continue
             inside = mattes[i][frame] > 128
             y, x = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
             if len(y) < 2 or len(x) < 2:
@@ -68,10 +79,62 @@ def place_objects(
             size = (int(pictures[0].width * scale), int(pictures[0].height * scale))
             pictures = [np.asarray(picture.resize(size).rotate(angle)) for picture in pictures]
             center = [c + step for c, step in zip(center, draws.integers(-40, 40, 2), strict=True)]
+            if frame not in window:
+                continue
             left, top = (min(max(int(c - side / 2), 0), whole - side) for c, side, whole in zip(center, size, (width, height), strict=True))
-            spot = (frame, i, slice(top, top + size[1]), slice(left, left + size[0]))
+            spot = (frame - window.start, i, slice(top, top + size[1]), slice(left, left + size[0]))
             colour[spot], matte[spot] = pictures
     return colour, matte
+
+
+@dataclass(frozen=True, eq=False)
+class LayeredClip:
+    """A clip as level planes, near to far, the background last.
+
+    images     [F, L, 3, H, W] 0..255
+    alphas     [F, L, 1, H, W] 0..1
+    depth      [F, L] of the planes; disparity is 1 / depth
+    all_depth  [frames, L] of the whole clip that these frames are a window of
+    """
+
+    images: torch.Tensor
+    alphas: torch.Tensor
+    depth: torch.Tensor
+    all_depth: torch.Tensor
+
+    @property
+    def planes(self) -> torch.Tensor:
+        """[F, L, 3] as the tracers of `planar` take them."""
+        return torch.stack([torch.zeros_like(self.depth), torch.zeros_like(self.depth), self.depth], -1)
+
+
+def layered_clip(
+    foregrounds: list[list[np.ndarray]],
+    mattes: list[list[np.ndarray]],
+    background: np.ndarray,
+    draws: ClipDraws,
+    width: int,
+    height: int,
+    window: range | None = None,
+) -> LayeredClip:
+    """The moving planes of a clip, before any lens. Arguments as of `place_objects`; background [h, w, 3] uint8."""
+    from PIL import Image
+
+    window = window or range(len(foregrounds[0]))
+    colour, matte = place_objects(foregrounds, mattes, width, height, draws, window)
+    frames, count = len(foregrounds[0]), colour.shape[1]
+    near, far = DEPTHS
+    wobble = (2 * draws.rand(frames, count) - 1) * ((far - near) / count / 4)
+    depth = (torch.linspace(near, far, count) + wobble).clamp(near, far)
+    layer_of = draws.permutation(count)  # object i goes to layer layer_of[i]
+    low, high = BACKGROUND_DEPTHS
+    depth = torch.cat([depth, (low + (high - low) * draws.rand(frames))[:, None]], 1)
+    order = np.argsort(layer_of)
+    still = np.asarray(Image.fromarray(background).resize((width, height)))
+    images = np.concatenate([colour[:, order], np.broadcast_to(still, (len(window), 1, *still.shape))], 1)
+    alphas = np.concatenate([matte[:, order], np.full((len(window), 1, height, width), 255, np.uint8)], 1)
+    images = torch.from_numpy(images).permute(0, 1, 4, 2, 3).float()
+    return LayeredClip(images, torch.from_numpy(alphas)[:, :, None].float() / 255, depth[window.start : window.stop], depth)
 
 
 def make_clip(
@@ -92,25 +155,11 @@ def make_clip(
 
     Names: mask/FRAME_LAYER, aif/FRAME, disp/FRAME (255 x disparity), bokeh/k=K/obj_LAYER/FRAME_zf_FOCUS, layer 0 nearest.
     """
-    from PIL import Image
-
     if mode not in MODES:
         raise BokehError(f"Unknown mode '{mode}'. Use one of: {', '.join(MODES)}.")
-    colour, matte = place_objects(foregrounds, mattes, width, height, draws)
-    frames, count = colour.shape[:2]
-    near, far = DEPTHS
-    wobble = (2 * draws.rand(frames, count) - 1) * ((far - near) / count / 4)
-    depth = (torch.linspace(near, far, count) + wobble).clamp(near, far)
-    layer_of = draws.permutation(count)  # object i goes to layer layer_of[i]
-    low, high = BACKGROUND_DEPTHS
-    depth = torch.cat([depth, (low + (high - low) * draws.rand(frames))[:, None]], 1)
-    planes = torch.stack([torch.zeros_like(depth), torch.zeros_like(depth), depth], -1)
-    order = np.argsort(layer_of)
-    still = np.asarray(Image.fromarray(background).resize((width, height)))
-    images = np.concatenate([colour[:, order], np.broadcast_to(still, (frames, 1, *still.shape))], 1)
-    alphas = np.concatenate([matte[:, order], np.full((frames, 1, height, width), 255, np.uint8)], 1)
-    images = torch.from_numpy(images).permute(0, 1, 4, 2, 3).float()
-    alphas = torch.from_numpy(alphas)[:, :, None].float() / 255
+    clip = layered_clip(foregrounds, mattes, background, draws, width, height)
+    images, alphas, depth, planes = clip.images, clip.alphas, clip.depth, clip.planes
+    frames, count = depth.shape[0], depth.shape[1] - 1
 
     files = {}
     sharp, disparity = flatten_planes(images, alphas, planes)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..render.rays import trace
+from ..render.scene import Layer, Scene
 from .planar import resolve, trace_bokehdiff
 
 
@@ -16,6 +18,7 @@ class PairRecipe:
     k0: int = 12  # blur radius in px that everything is scaled from; 2 k0 px of margin on each side
     crop: int = 512
     gamma: float = 2.2
+    rays: int | None = None  # None: the published tracer, minutes per picture; else at most so many rays of render.rays, seconds
 
 
 class PairDraws:
@@ -59,8 +62,8 @@ def make_pair(
     foreground [h, w, 4] uint8 RGBA, background [h, w, 3] uint8 RGB, crop_at: (y, x) of the crop inside the picture
 
     Returns target and aif [3, crop, crop] in -1..1, disparity and defocus_strength |d - d_f| [1, crop, crop], k and disp_focus [1]; and of
-    the whole canvas: images_linear [1, 2, 3, H, W], alphas [1, 2, 1, H, W], planes [1, 2, 3], radius [1], focus_depth [1], sums
-    [1, 4, H, W], weight [1, 1, H, W]; layer 0 is the foreground.
+    the whole canvas: images_linear [1, 2, 3, H, W], alphas [1, 2, 1, H, W], planes [1, 2, 3], radius [1], focus_depth [1], and of
+    the published tracer sums [1, 4, H, W], weight [1, 1, H, W]; layer 0 is the foreground.
     """
     from PIL import Image
 
@@ -110,8 +113,20 @@ def make_pair(
     images = torch.stack([chw(np.clip(color, 0, 1)), chw(behind)])[None] ** recipe.gamma
     alphas = torch.stack([chw(alpha), torch.ones(1, canvas, canvas)])[None]
     planes = torch.tensor([[[0, 0, 1 / near], [a / origin, b / origin, 1 / origin]]], dtype=torch.float32)
-    sums, weight = trace_bokehdiff(images, alphas, planes, torch.tensor([radius]), torch.tensor([1 / focus]), int(21 * times))
-    target = resolve(sums, weight, recipe.gamma)[0]
+    samples = int(21 * times)  # along a side of the aperture
+    traced = {}
+    if recipe.rays is None:
+        sums, weight = trace_bokehdiff(images, alphas, planes, torch.tensor([radius]), torch.tensor([1 / focus]), samples)
+        traced = {"sums": sums, "weight": weight}
+        target = resolve(sums, weight, recipe.gamma)[0]
+    else:
+        flat = (np.full_like(far, near), (float(near), 0.0, 0.0)), (far, (float(origin), -float(a), -float(b)))
+        layers = [
+            Layer(image, alpha[0], torch.from_numpy(disparity), plane)
+            for image, alpha, (disparity, plane) in zip(images[0], alphas[0].clamp(0, 1), flat, strict=True)
+        ]
+        light = trace(Scene(tuple(reversed(layers))), radius, focus, rays=max(1, min(recipe.rays, round(samples**2 * np.pi / 4))))
+        target = light.clamp(0, 1) ** (1 / recipe.gamma)
 
     k = recipe.k0 * times * (2 / 3 + draws.uniform(0, 1) / 3) / 10
     maps = torch.cat([target, chw(sharp), torch.from_numpy(disparity)[None]])[:, margin:-margin, margin:-margin]
@@ -135,6 +150,5 @@ def make_pair(
         "planes": planes,
         "radius": torch.tensor([radius]),
         "focus_depth": torch.tensor([1 / focus]),
-        "sums": sums,
-        "weight": weight,
+        **traced,
     }
