@@ -71,11 +71,11 @@ def base_parts(seed: int = 1) -> dict[str, dict[str, torch.Tensor]]:
     return {name: {key: value.contiguous() for key, value in tensors.items()} for name, tensors in parts.items()}
 
 
-def write_folder(folder: Path, parts: dict) -> Path:
-    """A diffusers folder."""
-    configs = {"unet": UNET, "vae": VAE} | {name: {**TEXT, "hidden_act": act} for name, act in ACTIVATIONS.items()}
+def write_folder(folder: Path, parts: dict, vae: dict | None = None) -> Path:
+    """A diffusers folder. vae: entries of the VAE's config that differ from VAE."""
+    configs = {"unet": UNET, "vae": VAE | (vae or {})} | {name: {**TEXT, "hidden_act": act} for name, act in ACTIVATIONS.items()}
     for name, config in configs.items():
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(config))
         save_file(parts[name], folder / name / ("model.safetensors" if name in ACTIVATIONS else "diffusion_pytorch_model.safetensors"))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))

@@ -65,15 +65,21 @@ def read_magicbokeh(path: str | Path) -> MagicBokehFile:
 def convert(source: str | Path, target: str | Path) -> MagicBokehFile:
     """Write what lora.pkl holds as a safetensors file, which loads at once and can hold nothing but tensors. Returns its contents.
 
-    The target appears when it is complete and was read back equal. Raises BokehError where it exists already.
+    Raises BokehError where the target exists already. See `write_magicbokeh`.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     source, target = Path(source), Path(target)
     if target.exists():
         raise BokehError(f"{target} exists already; give another name or remove it first.")
     content = read_magicbokeh(source)
+    write_magicbokeh(content, target)
+    return content
+
+
+def write_magicbokeh(content: MagicBokehFile, target: Path) -> None:
+    """Write MagicBokeh's file as safetensors. The target appears when it is complete and was read back equal; raises BokehError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     tensors = {
         f"{table}.{name}": tensor.contiguous() for table in (*TABLES, "controlnet") for name, tensor in getattr(content, table).items()
     }
@@ -89,7 +95,6 @@ def convert(source: str | Path, target: str | Path) -> MagicBokehFile:
         raise BokehError(f"{target} could not be written ({error}); check the folder and the free space.") from error
     finally:
         part.unlink(missing_ok=True)
-    return content
 
 
 def _equal(one: MagicBokehFile, other: MagicBokehFile) -> bool:
