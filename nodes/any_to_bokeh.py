@@ -13,23 +13,6 @@ FROM_FOLDER = "in the model's folder"
 RULES = {"released (focus^1.5)": mpi.RELEASED, "paper (focus)": mpi.PAPER}
 
 
-class LoadedAnyToBokeh:
-    """The four networks under the host's memory management."""
-
-    def __init__(self, networks: dict[str, host.Managed], visual: bool):
-        from ..bokeh_core.samplers.any_to_bokeh.sampler import AnyToBokeh
-
-        self.networks = networks
-        self.model = AnyToBokeh(**networks, visual=visual)
-
-    @property
-    def patcher(self):
-        return self.networks["unet"].patcher
-
-    def get_models(self):
-        return [managed.patcher for managed in self.networks.values()]
-
-
 def release_folders() -> list[str]:
     """Folders below models/diffusers that hold a vae, and a unet one or two levels deep."""
     with_unet = {short for name in host.model_folders("unet") for short in (name, name.removesuffix("/unet"))}
@@ -89,6 +72,7 @@ class BokehLoadAnyToBokeh(io.ComfyNode):
     @classmethod
     def execute(cls, model=None, vae=FROM_FOLDER, image_encoder=FROM_FOLDER, mpi_masks=False) -> io.NodeOutput:
         from ..bokeh_core.samplers.any_to_bokeh.checkpoint import ENCODER_SOURCE, SOURCE, read_files
+        from ..bokeh_core.samplers.any_to_bokeh.sampler import AnyToBokeh
 
         folders = release_folders()
         if not model or model not in [*folders, *host.model_files("diffusion_models")]:
@@ -108,7 +92,7 @@ class BokehLoadAnyToBokeh(io.ComfyNode):
             name: host.managed(build, tensors, float32_only) if name == "encoder" else host.managed(build, tensors)
             for name, (build, tensors) in read.builders().items()
         }
-        return io.NodeOutput(LoadedAnyToBokeh(networks, mpi_masks))
+        return io.NodeOutput(host.Loaded(AnyToBokeh(**networks, visual=mpi_masks), networks))
 
     @classmethod
     def encoder_path(cls, name: str) -> str:

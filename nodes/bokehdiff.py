@@ -1,31 +1,18 @@
 """The nodes of BokehDiff: lens blur in one step of SDXL."""
 
-from dataclasses import dataclass
-
 from comfy_api.latest import io
 
-from ..bokeh_core.samplers.bokehdiff.checkpoint import LORA_FILE, PAGE, VAE_FILE, BokehDiff
+from ..bokeh_core.checkpoints.catalogue import Entry, entry
 from . import host, inputs
 from .schema import FIDELITY, BokehDiffModel, Defocus, choice, files, known, seed
 
-BASES, LORAS, VAES = "checkpoints", "loras", "vae"  # model folders; bases may be diffusers folders too
+BASES = "checkpoints"  # model folder; bases may be diffusers folders too
+LORA, ENCODER = entry("bokehdiff"), entry("bokehdiff-vae")
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # what is needed of a diffusers folder
 GET_BASE = (
     "put a full SDXL checkpoint, best RealVisXL V5.0 (https://huggingface.co/SG161222/RealVisXL_V5.0), as one file into models/checkpoints "
     "or as a diffusers folder into models/diffusers"
 )
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedBokehDiff(BokehDiff):
-    """The networks under the host's memory management."""
-
-    @property
-    def patcher(self):
-        return self.unet.patcher
-
-    def get_models(self):
-        return [self.unet.patcher, self.vae.patcher]
 
 
 def _bases() -> list[str]:
@@ -38,14 +25,21 @@ def _bases() -> list[str]:
     return sorted([*host.model_folders(*PARTS), *host.model_files(BASES)], key=place)
 
 
-def _own(folder: str, published: str) -> list[str]:
+def _own(published: Entry) -> list[str]:
     """Files that may be BokehDiff's, the likeliest first."""
 
     def place(name):
         last = name.lower().rpartition("/")[2]
-        return "bokehdiff" not in name.lower(), last != published, name
+        return "bokehdiff" not in name.lower(), last != published.file, name
 
-    return sorted(host.model_files(folder), key=place)
+    return sorted(host.model_files(published.folder), key=place)
+
+
+def _chosen(name: str | None, published: Entry, what: str) -> str:
+    """The path of one of BokehDiff's own files."""
+    get = f"put {published.file} from {published.page} into models/{published.folder}"
+    host.chosen(name, host.model_files(published.folder), what, get)
+    return host.model_path(name, published.folder)
 
 
 class BokehLoadBokehDiff(io.ComfyNode):
@@ -68,10 +62,8 @@ class BokehLoadBokehDiff(io.ComfyNode):
                     "A full SDXL checkpoint in models/checkpoints, or a folder in models/diffusers with unet, vae and both text encoders. "
                     "The weights were trained on RealVisXL V5.0; other SDXL models load too and give other results.",
                 ),
-                files("lora", _own(LORAS, LORA_FILE), f"BokehDiff's LoRA in models/loras: {LORA_FILE} of the release, variant small."),
-                files(
-                    "encoder", _own(VAES, VAE_FILE), f"BokehDiff's weights for the VAE's encoder in models/vae: {VAE_FILE} of the release."
-                ),
+                files("lora", _own(LORA), f"BokehDiff's LoRA in models/loras: {LORA.file} of the release, variant small."),
+                files("encoder", _own(ENCODER), f"BokehDiff's weights for the VAE's encoder in models/vae: {ENCODER.file} of the release."),
             ],
             outputs=[BokehDiffModel.Output(display_name="bokehdiff", tooltip="Connect to Render with BokehDiff.")],
         )
@@ -82,18 +74,17 @@ class BokehLoadBokehDiff(io.ComfyNode):
 
     @classmethod
     def execute(cls, base=None, lora=None, encoder=None) -> io.NodeOutput:
-        from ..bokeh_core.samplers.bokehdiff.checkpoint import read_bokehdiff
+        from ..bokeh_core.samplers.bokehdiff.checkpoint import BokehDiff, read_bokehdiff
         from ..bokeh_core.samplers.bokehdiff.network import build_unet, build_vae
 
         host.chosen(base, _bases(), "base model", GET_BASE)
-        host.chosen(lora, host.model_files(LORAS), "BokehDiff LoRA", f"put {LORA_FILE} from {PAGE} into models/{LORAS}")
-        host.chosen(encoder, host.model_files(VAES), "BokehDiff encoder", f"put {VAE_FILE} from {PAGE} into models/{VAES}")
+        own = [_chosen(lora, LORA, "BokehDiff LoRA"), _chosen(encoder, ENCODER, "BokehDiff encoder")]
         folder = base in host.model_folders(*PARTS)
         path = host.model_folder_path(base, *PARTS) if folder else host.model_path(base, BASES)
-        weights = read_bokehdiff(path, host.model_path(lora, LORAS), host.model_path(encoder, VAES))
+        weights = read_bokehdiff(path, *own)
         unet = host.managed(lambda ops, tensors: build_unet(weights.unet.config, tensors, ops), weights.unet.tensors)
         vae = host.casting(lambda ops, tensors: build_vae(weights.vae.config, tensors, ops), weights.vae.tensors, host.vae_dtype())
-        return io.NodeOutput(LoadedBokehDiff(unet, vae, weights.text, weights.pooled))
+        return io.NodeOutput(host.Loaded(BokehDiff(unet, vae, weights.text, weights.pooled), {"unet": unet, "vae": vae}))
 
 
 class BokehDiffRender(io.ComfyNode):
@@ -143,7 +134,7 @@ class BokehDiffRender(io.ComfyNode):
         result = image.new_empty((count, *image.shape[1:]), device=host.output_device())
         result[..., 3:] = image[..., 3:]
         render(
-            bokehdiff,
+            bokehdiff.model,
             image[..., :3].movedim(-1, 1),
             defocus,
             fidelity=FIDELITIES[fidelity],

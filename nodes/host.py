@@ -90,6 +90,24 @@ class Managed:
         return self.patcher.load_device
 
 
+class Loaded:
+    """A published system of several networks: what its loader node hands out.
+
+    model     the library's model, made of `networks`
+    networks  them by name, under the host's memory management; the biggest is "unet"
+    """
+
+    def __init__(self, model, networks: dict[str, Managed]):
+        self.model, self.networks = model, networks
+
+    @property
+    def patcher(self):
+        return self.networks["unet"].patcher
+
+    def get_models(self):
+        return [managed.patcher for managed in self.networks.values()]
+
+
 class _Holder(torch.nn.Module):
     """A plain module with a writable `device`, which diffusers' own classes lack and the patcher needs."""
 

@@ -3,10 +3,11 @@
 from comfy_api.latest import io, ui
 
 from ..bokeh_core.errors import BokehError
-from ..bokeh_core.metrics.compare import EDGE_BAND, compare
 from ..bokeh_core.optics.defocus import Defocus as CoreDefocus
 from . import host, inputs
 from .schema import Defocus, known
+
+EDGE_BAND = 8  # pixels
 
 
 class BokehMeasure(io.ComfyNode):
@@ -52,6 +53,8 @@ class BokehMeasure(io.ComfyNode):
 
     @classmethod
     def execute(cls, result, truth, mask=None, defocus=None) -> io.NodeOutput:
+        from ..bokeh_core.metrics.compare import compare
+
         frames, height, width = inputs.image(result, "result").shape[:3]
         inputs.image(truth, "truth")
         if mask is not None:

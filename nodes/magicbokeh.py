@@ -1,35 +1,23 @@
 """The nodes of MagicBokeh: bokeh and restoration of a photo in one diffusion step."""
 
-from dataclasses import dataclass
-
 from comfy_api.latest import io
 
+from ..bokeh_core.checkpoints.catalogue import entry
 from ..bokeh_core.errors import BokehError
 from ..bokeh_core.optics.defocus import fit_disparity
-from ..bokeh_core.samplers.magicbokeh.checkpoint import MagicBokeh, read_blueprints
-from ..bokeh_core.samplers.magicbokeh.sampler import COLOUR_FIXES, FIDELITIES, MODES, enlarged_size, render
 from . import host, inputs
-from .schema import Defocus, MagicBokehModel, choice, files, known, number, seed
+from .schema import FIDELITY, Defocus, MagicBokehModel, choice, files, known, number, seed
 
-BASES, OWN = "checkpoints", "loras"  # model folders; bases may be diffusers folders too
+BASES = "checkpoints"  # model folder; bases may be diffusers folders too
+OWN = entry("magicbokeh")
 PARTS = ("unet", "vae")  # what is needed of a diffusers folder
 GET_BASE = (
     "put the folder stable-diffusion-2-1-base (its unet, vae and scheduler; https://huggingface.co/Manojb/stable-diffusion-2-1-base) into "
     "models/diffusers, or v2-1_512-ema-pruned.safetensors into models/checkpoints"
 )
-GET_OWN = "put lora.pkl from https://huggingface.co/LinxiaoShi/Magicbokeh into models/loras"
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedMagicBokeh(MagicBokeh):
-    """The networks under the host's memory management."""
-
-    @property
-    def patcher(self):
-        return self.unet.patcher
-
-    def get_models(self):
-        return [part.patcher for part in (self.unet, self.controlnet, self.encoder, self.decoder)]
+GET_OWN = f"put {OWN.file} from {OWN.page} into models/{OWN.folder}"
+MODES = ("exact", "fast")
+COLOUR_FIXES = ("in-focus parts", "whole picture", "wavelet", "none")
 
 
 def _bases() -> list[str]:
@@ -47,9 +35,9 @@ def _own() -> list[str]:
 
     def place(name):
         last = name.lower().rpartition("/")[2]
-        return last != "magicbokeh.safetensors", last != "lora.pkl", "magicbokeh" not in name.lower(), name
+        return last != "magicbokeh.safetensors", last != OWN.file, "magicbokeh" not in name.lower(), name
 
-    return sorted(host.model_files(OWN), key=place)
+    return sorted(host.model_files(OWN.folder), key=place)
 
 
 class BokehLoadMagicBokeh(io.ComfyNode):
@@ -88,13 +76,15 @@ class BokehLoadMagicBokeh(io.ComfyNode):
 
     @classmethod
     def execute(cls, base=None, magicbokeh=None) -> io.NodeOutput:
+        from ..bokeh_core.samplers.magicbokeh.checkpoint import MagicBokeh, read_blueprints
+
         host.chosen(base, _bases(), "base model", GET_BASE)
-        host.chosen(magicbokeh, host.model_files(OWN), "MagicBokeh file", GET_OWN)
+        host.chosen(magicbokeh, host.model_files(OWN.folder), "MagicBokeh file", GET_OWN)
         folder = base in host.model_folders(*PARTS)
         path = host.model_folder_path(base, *PARTS) if folder else host.model_path(base, BASES)
-        parts, scaling_factor = read_blueprints(path, host.model_path(magicbokeh, OWN))
+        parts, scaling_factor = read_blueprints(path, host.model_path(magicbokeh, OWN.folder))
         networks = {name: host.managed(part.build, part.tensors, part.compute_in) for name, part in parts.items()}
-        return io.NodeOutput(LoadedMagicBokeh(**networks, scaling_factor=scaling_factor))
+        return io.NodeOutput(host.Loaded(MagicBokeh(**networks, scaling_factor=scaling_factor), networks))
 
 
 class MagicBokehRender(io.ComfyNode):
@@ -119,7 +109,7 @@ class MagicBokehRender(io.ComfyNode):
                 known(MagicBokehModel.Input, "magicbokeh", tooltip="From Load MagicBokeh."),
                 choice(
                     "fidelity",
-                    FIDELITIES,
+                    FIDELITY,
                     "best: exact depth, repeatable, no rounding to 8 bits. as published: all habits of the authors' script, with its "
                     "colour fix of the whole picture.",
                 ),
@@ -168,6 +158,8 @@ class MagicBokehRender(io.ComfyNode):
     def execute(
         cls, image, magicbokeh, fidelity, mode, colour_fix, upscale=1.0, defocus=None, subject=None, random_seed=0
     ) -> io.NodeOutput:
+        from ..bokeh_core.samplers.magicbokeh.sampler import FIDELITIES, enlarged_size, render
+
         pictures, height, width, channels = inputs.image(image).shape
         frames = pictures if defocus is None else inputs.scene(image, defocus)
         if subject is not None and defocus is None:
@@ -180,7 +172,7 @@ class MagicBokehRender(io.ComfyNode):
         if channels == 4:
             result[..., 3] = fit_disparity(image[..., 3], frames, *size)
         render(
-            magicbokeh,
+            magicbokeh.model,
             image[..., :3].movedim(-1, 1),
             defocus,
             subject=subject,

@@ -4,12 +4,15 @@ from comfy_api.latest import io
 
 from ..bokeh_core.errors import BokehError
 from ..bokeh_core.optics.defocus import fit_disparity
-from ..bokeh_core.render import QUALITIES, render
-from ..bokeh_core.video.stabilisation import find_shots
 from . import host, inputs
 from .schema import Defocus, choice, known, switch, whole
 
-BYTES_PER_PIXEL = 1000  # working memory of one frame, measured generously
+QUALITIES = ("fast", "reference")
+
+
+def working_memory(height: int, width: int) -> int:
+    """Bytes that one frame needs, of any look: about 290 a pixel and 100 MB for shaped apertures were counted."""
+    return 450 * height * width + (128 << 20)
 
 
 class BokehRender(io.ComfyNode):
@@ -81,6 +84,9 @@ class BokehRender(io.ComfyNode):
     def execute(
         cls, image, defocus, quality=QUALITIES[0], linear=False, matte=None, clean_plate=None, rays=1024, snap_edges=False
     ) -> io.NodeOutput:
+        from ..bokeh_core.render import render
+        from ..bokeh_core.video.stabilisation import find_shots
+
         count = inputs.scene(image, defocus)
         frames, height, width, channels = image.shape
         if matte is not None:
@@ -97,7 +103,7 @@ class BokehRender(io.ComfyNode):
                     "at the same size. Scale or crop the plate."
                 )
             clean_plate = clean_plate[..., :3].movedim(-1, 1)
-        host.make_room(height * width * BYTES_PER_PIXEL)
+        host.make_room(working_memory(height, width))
         result = image.new_empty((count, height, width, channels), device=host.output_device())
         result[..., 3:] = image[..., 3:]
         step = host.progress()

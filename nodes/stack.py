@@ -10,18 +10,15 @@ from ..bokeh_core.errors import BokehError
 from ..bokeh_core.optics.defocus import Defocus as CoreDefocus
 from ..bokeh_core.optics.lens import Lens as CoreLens
 from ..bokeh_core.optics.stack import BokehStack, thin_lens_k
-from ..bokeh_core.render.stack import render_stack
 from ..bokeh_core.samplers.kontext_stack import recipe
-from ..bokeh_core.samplers.kontext_stack.adapter import FILE
-from ..bokeh_core.samplers.kontext_stack.sampler import COLOURS, make_stack
-from ..bokeh_core.stack_files import load_stack, save_stack
-from . import flux, host, inputs
-from .render import BYTES_PER_PIXEL
+from . import host, inputs
+from .render import working_memory
 from .schema import Defocus, Lens, Stack, choice, files, known, number, whole
 
-FOLDERS = ("loras", "model_patches")
+FILE, FOLDERS = "bokeh_lora.bin", ("loras", "model_patches")
 BEST, AS_PUBLISHED = "best", "as published"
 FIDELITIES = {BEST: recipe.BEST, AS_PUBLISHED: recipe.AS_PUBLISHED}
+COLOURS = ("off", "mean", "mean and contrast")
 BY_FIDELITY = "by fidelity"
 TYPED, CAMERA, EXIF = "typed", "f-numbers", "EXIF"
 WHOLE_RANGE, DIOPTRE = "whole depth range", "dioptre (1/m)"
@@ -74,6 +71,8 @@ class BokehStackAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, adapter=None, k_values="20") -> io.NodeOutput:
+        from . import flux
+
         get = f"put {FILE} of the BokehDepth project (583 MB in 32 bit) into models/{FOLDERS[0]}"
         host.chosen(adapter, host.model_files(*FOLDERS), "adapter file", get)
         return io.NodeOutput(flux.attach(model, host.model_path(adapter, *FOLDERS), recipe.parse_k_list(k_values)))
@@ -162,6 +161,9 @@ class BokehGenerateStack(io.ComfyNode):
         colours=BY_FIDELITY,
         prompt=recipe.PROMPT,
     ) -> io.NodeOutput:
+        from ..bokeh_core.samplers.kontext_stack.sampler import make_stack
+        from . import flux
+
         flux.require_attached(model)
         k = recipe.parse_k_list(k_values)
         photo, chosen = inputs.one(image), FIDELITIES[fidelity]
@@ -224,12 +226,14 @@ class BokehStackRendered(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, defocus, k_values, k_per=WHOLE_RANGE) -> io.NodeOutput:
+        from ..bokeh_core.render.stack import render_stack
+
         photo, k = inputs.one(image), recipe.parse_k_list(k_values)
         inputs.require(defocus, CoreDefocus, "defocus", "Set Focus and Blur")
         if photo.shape[1:] != defocus.disparity.shape[1:]:
             (h, w), (height, width) = photo.shape[1:], defocus.disparity.shape[1:]
             raise BokehError(f"The image is {w}x{h} px and its defocus {width}x{height} px; connect the same photo to both nodes.")
-        host.make_room(photo.shape[1] * photo.shape[2] * BYTES_PER_PIXEL)
+        host.make_room(working_memory(*photo.shape[1:]))
         stack = render_stack(photo, defocus, k, per_dioptre=k_per == DIOPTRE, progress=host.progress(), device=host.compute_device())
         return _result(stack, cls)
 
@@ -329,6 +333,8 @@ class BokehSaveStack(io.ComfyNode):
 
     @classmethod
     def execute(cls, stack, folder="bokeh_stack") -> io.NodeOutput:
+        from ..bokeh_core.stack_files import save_stack
+
         target = host.new_output_folder(folder)
         manifest = save_stack(target, stack)
         return io.NodeOutput(os.path.relpath(manifest, host.output_folder()), ui=host.preview(stack.frames.movedim(1, -1), cls))
@@ -359,7 +365,9 @@ class BokehLoadStack(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, manifest, entry=0):
+    def fingerprint_inputs(cls, manifest=None, entry=0):
+        if manifest is None:
+            return 0.0  # it comes from another node, which runs again when its own inputs change
         try:
             path = host.input_file(manifest, outputs=True)
         except BokehError:
@@ -368,6 +376,8 @@ class BokehLoadStack(io.ComfyNode):
 
     @classmethod
     def execute(cls, manifest, entry=0) -> io.NodeOutput:
+        from ..bokeh_core.stack_files import load_stack
+
         return _result(load_stack(host.input_file(manifest, outputs=True), entry), cls)
 
 

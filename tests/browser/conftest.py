@@ -1,1 +1,1 @@
-from ..host.conftest import host  # noqa: F401 - the same running ComfyUI
+from ..host.conftest import comfyui, host  # noqa: F401 - the same running ComfyUI

@@ -38,7 +38,7 @@ def browse(request, host, tmp_path_factory):
             cwd=HERE,
             capture_output=True,
             text=True,
-            timeout=1500,
+            timeout=3600,
         )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout) | {"renderer": request.param}
@@ -47,7 +47,8 @@ def browse(request, host, tmp_path_factory):
 
 
 # Opened, not run: core's nodes load FLUX, for which there is no tiny stand-in; video diffusion takes minutes, tests/host runs it.
-OPEN_ONLY = ["bokeh_stack_kontext", "depth_from_bokeh_stack", "video_any_to_bokeh", "video_any_to_bokeh_focus_pull"]
+OPEN_ONLY = ["bokeh_stack_kontext", "depth_from_bokeh_stack", "photo_compare_renderers"]
+OPEN_ONLY += ["video_any_to_bokeh", "video_any_to_bokeh_focus_pull"]
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import fnmatch
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,8 +15,14 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+import av
+import numpy as np
+import torch
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ROOT / "workflows"
+INPUT = WORKFLOWS / "input"
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NOTES = {"Note", "MarkdownNote"}  # drawn by the front end; the server does not know them
 
@@ -45,7 +52,7 @@ class Host:
         (base / "user" / "default").mkdir()
         settings = {"Comfy.TutorialCompleted": True}  # else the front end opens on its template browser
         (base / "user" / "default" / "comfy.settings.json").write_text(json.dumps(settings))
-        for file in (WORKFLOWS / "input").iterdir():
+        for file in INPUT.iterdir():
             shutil.copy(file, base / "input")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -103,28 +110,83 @@ class Host:
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
 
-    def run(self, prompt: dict, timeout: float = 300) -> dict:
-        """Run an API-format prompt to its end and return its history entry: status, outputs."""
+    def queue(self, prompt: dict) -> str:
+        """Send an API-format prompt; returns its id."""
         status, answer = self.post("/prompt", {"prompt": prompt})
         assert status == 200, f"the server refused the prompt: {json.dumps(answer, indent=1)}"
-        end = time.monotonic() + timeout
+        return answer["prompt_id"]
+
+    def _wait_for(self, what, seconds: float):
+        """The first true result of `what`."""
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
-            history = self.get(f"/history/{answer['prompt_id']}")
-            if history:
-                return history[answer["prompt_id"]]
+            if found := what():
+                return found
             assert self.process.poll() is None, self.log()[-3000:]
-            time.sleep(0.2)
-        raise TimeoutError(f"the prompt did not end within {timeout} s:\n{self.log()[-3000:]}")
+            time.sleep(0.1)
+        raise TimeoutError(f"the prompt did not get there within {seconds} s:\n{self.log()[-3000:]}")
+
+    def run(self, prompt: dict, timeout: float = 300) -> dict:
+        """Run an API-format prompt to its end and return its history entry: status, outputs."""
+        key = self.queue(prompt)
+        return self._wait_for(lambda: self.get(f"/history/{key}"), timeout)[key]
+
+    def interrupt(self, prompt: dict, after: float, timeout: float = 120) -> float:
+        """Start a prompt, interrupt it `after` seconds of running, and return the seconds until it had stopped for that reason."""
+        key = self.queue(prompt)
+        self._wait_for(lambda: self.get("/queue")["queue_running"], timeout)
+        time.sleep(after)
+        asked = time.monotonic()
+        self.post("/interrupt", {})
+        entry = self._wait_for(lambda: self.get(f"/history/{key}"), timeout)[key]
+        seconds = time.monotonic() - asked
+        kinds = [name for name, _ in entry["status"]["messages"]]
+        assert "execution_interrupted" in kinds, kinds
+        print(f"interrupted after {seconds:.1f} s")
+        return seconds
+
+    def loads(self) -> int:
+        """How often the host has said that it brings a network to its device."""
+        return len(re.findall("Requested to load|loaded completely|loaded partially", self.log()))
 
     def file(self, saved: dict) -> bytes:
         """The bytes of an entry of a node's ui output (filename, subfolder, type)."""
         return self.fetch("/view", **{key: saved[key] for key in ("filename", "subfolder", "type")})
 
-    def picture(self, saved: dict):
+    def picture(self, saved: dict) -> Image.Image:
         """The same as a PIL image."""
-        from PIL import Image
-
         return Image.open(io.BytesIO(self.file(saved)))
+
+    def pictures(self, entries: list[dict]) -> torch.Tensor:
+        """[B, 3, H, W] 0..1 of such entries."""
+        return torch.cat([as_tensor(self.picture(one)) for one in entries])
+
+    def result(self, outputs: dict) -> torch.Tensor:
+        """[1, 3, H, W] of the only picture that a prompt saved."""
+        (entry,) = saved(outputs)
+        return self.pictures([entry])
+
+
+def as_tensor(image: Image.Image) -> torch.Tensor:
+    """[1, 3, H, W] 0..1."""
+    return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).movedim(-1, 0)[None] / 255
+
+
+def picture(path: Path) -> torch.Tensor:
+    """[1, 3, H, W] 0..1 of a picture file."""
+    return as_tensor(Image.open(path))
+
+
+def video(source: Path | bytes) -> torch.Tensor:
+    """[frames, 3, H, W] 0..1 of a video file or its bytes."""
+    with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as file:
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    return torch.from_numpy(np.stack(frames)).movedim(-1, 1) / 255
+
+
+def saved(outputs: dict) -> list[dict]:
+    """The files in a prompt's outputs, previews aside, as Host.file and Host.picture take them."""
+    return [entry for output in outputs.values() for entry in output.get("images", []) if entry["type"] == "output"]
 
 
 def succeeded(entry: dict) -> dict:
@@ -137,6 +199,64 @@ def error_of(entry: dict) -> str:
     """The message the user reads when a node failed."""
     assert entry["status"]["status_str"] == "error", "the prompt was expected to fail but succeeded"
     return next(data["exception_message"] for name, data in entry["status"]["messages"] if name == "execution_error")
+
+
+def cached(entry: dict) -> set[str]:
+    """The nodes of a finished prompt that were not run again."""
+    return next(set(data["nodes"]) for name, data in entry["status"]["messages"] if name == "execution_cached")
+
+
+def check_second_run(host: Host, prompt: dict, change: tuple[str, str, object], loader: str, worker: str) -> None:
+    """After a change (node, widget, value) the worker runs again but the loader does not, and no network is loaded; then nothing runs."""
+    succeeded(host.run(prompt, timeout=600))
+    before = host.loads()
+    assert before > 0, "the host no longer says when it loads a model; find another sign"
+    key, widget, value = change
+    prompt[key]["inputs"][widget] = value
+    entry = host.run(prompt, timeout=600)
+    succeeded(entry)
+    assert loader in cached(entry) and worker not in cached(entry) and host.loads() == before
+    entry = host.run(prompt, timeout=600)
+    succeeded(entry)
+    assert cached(entry) == set(prompt) and host.loads() == before
+
+
+def choices(nodes: dict, name: str, field: str) -> list[str]:
+    """What a node's list offers, with forward slashes. nodes: the server's /object_info."""
+    spec = nodes[name]["input"]["optional"][field]
+    return [one.replace("\\", "/") for one in (spec[0] if isinstance(spec[0], list) else spec[1]["options"])]
+
+
+def node(kind: str, /, **inputs) -> dict:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def shrunk(image: list, width: int, height: int) -> dict:
+    return node("ImageScale", image=image, upscale_method="area", width=width, height=height, crop="disabled")
+
+
+def set_focus(image: list, depth: list, **widgets) -> dict:
+    """Set Focus and Blur."""
+    usual = {"strength": 24, "focus": "auto", "focus_x": 0.5, "focus_y": 0.5, "focus_value": 0.5}
+    return node("BokehDefocus", **{"image": image, "depth": depth, **usual, "depth_values": "near is bright", "follow": False, **widgets})
+
+
+def lens(mode: str, **widgets) -> dict:
+    usual = {"strength": 24, "f_number": 1.8, "focal_length": 50, "sensor": "full frame", "sensor_width": 36}
+    return node("BokehLens", **{"mode": mode, **usual, "upright": False, "focus_distance": 0, **widgets})
+
+
+def shipped(name: str, nodes: dict) -> tuple[dict, dict]:
+    """A shipped workflow as an API-format prompt, and its nodes by type. nodes: the server's /object_info."""
+    prompt = to_api(json.loads((WORKFLOWS / f"{name}.json").read_text()), nodes)
+    return prompt, {one["class_type"]: key for key, one in prompt.items()}
+
+
+def use_stand_in_flux(prompt: dict, by_type: dict) -> None:
+    """Replace FLUX's text encoders and VAE by what stand-ins exist for, and make the stack small."""
+    prompt[by_type["DualCLIPLoader"]] = node("StandInFluxClip")
+    prompt[by_type["VAELoader"]] = node("VAELoader", vae_name="taef1")
+    prompt[by_type["BokehGenerateStack"]]["inputs"].update(resolution=64, steps=2, seed=7)
 
 
 def to_api(workflow: dict, nodes: dict) -> dict:

@@ -7,7 +7,7 @@ import sys
 from .comfy import ROOT
 
 START = """
-import sys, os, types, importlib.util, torch
+import sys, os, importlib.util, torch
 sys.path.insert(0, os.environ["COMFYUI_PATH"])
 import comfy.options
 from comfy.cli_args import args
@@ -23,7 +23,8 @@ from bokeh_pack.nodes import host
 
 
 def partial(managed, share=0.5):
-    '''Load only about `share` of the weights; the others stay where they rest and are cast layer by layer.'''
+    '''Load only about `share` of the weights; the others stay where they rest and are cast layer by layer. Nodes keep it so.'''
+    host.load = lambda models, activations: None
     patcher = managed.patcher
     patcher.detach()
     patcher.model.model_lowvram = False
@@ -36,11 +37,17 @@ def on_meta(managed, share=0.5):
     managed.patcher.load_device = torch.device("meta")
     partial(managed, share)
 
+
+def peak():
+    '''Bytes this process has held at most (Linux: VmHWM, because getrusage starts from the parent's peak).'''
+    with open("/proc/self/status") as status:
+        return int(status.read().split("VmHWM:")[1].split()[0]) * 1024
+
 """
 
 
 def inside(code: str, timeout: float = 300) -> str:
-    """What `code` prints. It finds `torch`, `comfy`, the pack as `bokeh_pack`, `host`, `partial` and `on_meta`."""
+    """What `code` prints. It finds `torch`, `comfy`, the pack as `bokeh_pack`, `host`, `partial`, `on_meta` and `peak`."""
     done = subprocess.run(
         [os.environ.get("COMFYUI_PYTHON", sys.executable), "-s", "-c", START.format(root=str(ROOT)) + code],
         cwd=os.environ["COMFYUI_PATH"],

@@ -1,14 +1,9 @@
 """BokehDiff inside a real ComfyUI, with tiny files that have the names and layouts of SDXL and of the release."""
 
-import json
-import os
 import shutil
-import time
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from bokeh_core.optics import focus as focusing
 from bokeh_core.optics.defocus import make_defocus
@@ -17,10 +12,9 @@ from bokeh_core.samplers.bokehdiff.checkpoint import LORA_FILE, VAE_FILE, load_b
 from bokeh_core.samplers.bokehdiff.sampler import render
 from tests.stand_ins import bokehdiff as stand_ins
 
-from .comfy import WORKFLOWS, error_of, succeeded, to_api
+from .comfy import INPUT, check_second_run, choices, error_of, node, picture, set_focus, shipped, shrunk, succeeded
 from .inside import inside
 
-INPUT = WORKFLOWS / "input"
 SINGLE, FOLDER = "RealVisXL_V5.0_fp16.safetensors", "tiny_sdxl"
 
 
@@ -39,26 +33,15 @@ def models(host, written):
     return host.base / "models"
 
 
-@pytest.fixture(scope="module")
-def object_info(host, models):
-    return host.get("/object_info")
-
-
-def node(kind, /, **inputs):
-    return {"class_type": kind, "inputs": inputs}
-
-
 def prompt_of(base=SINGLE, lora=LORA_FILE, encoder=VAE_FILE, size=(160, 120), amount=1, strength=200, **widgets):
     """Load, shrink, repeat, defocus, render, save: API format."""
-    optics = {"focus": "auto", "focus_x": 0.5, "focus_y": 0.5, "focus_value": 0.5, "depth_values": "near is bright", "follow": False}
-    small = {"upscale_method": "area", "width": size[0], "height": size[1], "crop": "disabled"}
     return {
         "photo": node("LoadImage", image="bokeh_demo_photo.png"),
         "map": node("LoadImage", image="bokeh_demo_depth.png"),
-        "small": node("ImageScale", image=["photo", 0], **small),
-        "low": node("ImageScale", image=["map", 0], **small),
+        "small": shrunk(["photo", 0], *size),
+        "low": shrunk(["map", 0], *size),
         "many": node("RepeatImageBatch", image=["small", 0], amount=amount),
-        "defocus": node("BokehDefocus", image=["small", 0], depth=["low", 0], strength=strength, **optics),
+        "defocus": set_focus(["small", 0], ["low", 0], strength=strength),
         "model": node("BokehLoadBokehDiff", base=base, lora=lora, encoder=encoder),
         "render": node(
             "BokehDiffRender", image=["many", 0], bokehdiff=["model", 0], defocus=["defocus", 0], **{"fidelity": "best", **widgets}
@@ -69,34 +52,19 @@ def prompt_of(base=SINGLE, lora=LORA_FILE, encoder=VAE_FILE, size=(160, 120), am
 
 def pictures(host, outputs):
     """[B, 3, H, W] 0..1 of what the node `save` saved."""
-    return torch.stack([as_tensor(host.picture(entry)) for entry in outputs["save"]["images"]])
-
-
-def as_tensor(image):
-    return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).movedim(-1, 0) / 255
-
-
-def requested(host):
-    return host.log().count("Requested to load")
-
-
-def cached(entry):
-    return next(data["nodes"] for name, data in entry["status"]["messages"] if name == "execution_cached")
+    return host.pictures(outputs["save"]["images"])
 
 
 def test_files_are_listed(object_info):
-    listed = object_info["BokehLoadBokehDiff"]["input"]["optional"]
-    names = {name: spec[0] if isinstance(spec[0], list) else spec[1]["options"] for name, spec in listed.items()}
-    assert names["base"][0] == SINGLE and FOLDER in names["base"]
-    assert names["lora"][0] == LORA_FILE and names["encoder"][0] == VAE_FILE
+    base = choices(object_info, "BokehLoadBokehDiff", "base")
+    assert base[0] == SINGLE and FOLDER in base
+    for field, name in (("lora", LORA_FILE), ("encoder", VAE_FILE)):
+        assert choices(object_info, "BokehLoadBokehDiff", field)[0] == name
 
 
 def test_photo_workflow(host, models, object_info):
-    prompt = to_api(json.loads((WORKFLOWS / "photo_bokehdiff.json").read_text()), object_info)
-    outputs = succeeded(host.run(prompt, timeout=600))
-    (entry,) = [entry for output in outputs.values() for entry in output.get("images", []) if entry["type"] == "output"]
-    result = as_tensor(host.picture(entry))[None]
-    sharp, disparity = (as_tensor(Image.open(INPUT / f"bokeh_demo_{name}.png"))[None] for name in ("photo", "depth"))
+    result = host.result(succeeded(host.run(shipped("photo_bokehdiff", object_info)[0], timeout=600)))
+    sharp, disparity = (picture(INPUT / f"bokeh_demo_{name}.png") for name in ("photo", "depth"))
     disparity = disparity[:, 0]
     model = load_bokehdiff(models / "checkpoints" / SINGLE, models / "loras" / LORA_FILE, models / "vae" / VAE_FILE)
     expected = render(model, sharp, make_defocus(disparity, Lens(strength=24), focusing.auto(disparity, sharp), width=sharp.shape[-1]))
@@ -116,22 +84,11 @@ def test_strength_zero_is_the_input(host, models):
     prompt = prompt_of(strength=0)
     prompt["plain"] = node("SaveImage", images=["small", 0], filename_prefix="plain")
     outputs = succeeded(host.run(prompt))
-    (entry,) = outputs["plain"]["images"]
-    assert torch.equal(pictures(host, outputs)[0], as_tensor(host.picture(entry)))
+    assert torch.equal(pictures(host, outputs), host.pictures(outputs["plain"]["images"]))
 
 
 def test_a_second_run_reloads_nothing(host, models):
-    prompt = prompt_of(strength=210)
-    succeeded(host.run(prompt))
-    before = requested(host)
-    assert before > 0, "the host no longer says when it loads a model; find another sign"
-    prompt["defocus"]["inputs"]["strength"] = 220
-    entry = host.run(prompt)
-    succeeded(entry)
-    assert "model" in cached(entry) and "render" not in cached(entry) and requested(host) == before
-    entry = host.run(prompt)
-    succeeded(entry)
-    assert set(cached(entry)) == set(prompt) and requested(host) == before
+    check_second_run(host, prompt_of(strength=210), ("defocus", "strength", 220), "model", "render")
 
 
 def test_batches_and_seeds(host, models):
@@ -162,19 +119,7 @@ def test_missing_files_are_explained(host, models):
 
 
 def test_interrupt_stops_within_a_tile(host, models):
-    prompt = prompt_of(size=(1024, 768), amount=8)
-    _, answer = host.post("/prompt", {"prompt": prompt})
-    while not host.get("/queue")["queue_running"]:
-        time.sleep(0.05)
-    time.sleep(6)
-    asked = time.monotonic()
-    host.post("/interrupt", {})
-    while not (history := host.get(f"/history/{answer['prompt_id']}")):
-        time.sleep(0.05)
-    seconds = time.monotonic() - asked
-    assert "execution_interrupted" in [name for name, _ in history[answer["prompt_id"]]["status"]["messages"]]
-    print(f"interrupted after {seconds:.1f} s")
-    assert seconds < 15  # a tile takes about two seconds on an idle machine
+    assert host.interrupt(prompt_of(size=(1024, 768), amount=8), after=6) < 15  # a tile takes about two seconds on an idle machine
     succeeded(host.run(prompt_of()))
 
 
@@ -201,8 +146,6 @@ def blur(model):
 
 
 def run_inside(written, code):
-    if not os.environ.get("COMFYUI_PATH"):
-        pytest.skip("NO HOST: set COMFYUI_PATH and COMFYUI_PYTHON to test the pack inside ComfyUI")
     return inside(RUN.format(root=str(written), base=SINGLE, lora=LORA_FILE, vae=VAE_FILE) + code)
 
 
@@ -210,15 +153,15 @@ def test_a_partial_load_gives_the_same_numbers(written):
     code = """
 with torch.inference_mode():
     whole = load()
-    assert whole.patcher is whole.unet.patcher and len(whole.get_models()) == 2
+    assert whole.patcher is whole.networks["unet"].patcher and len(whole.get_models()) == 2
     expected = blur(whole)
     assert torch.equal(expected[..., 3], image[..., 3]) and expected[..., :3].std() > 0.02
     some = load()
-    partial(some.unet), partial(some.vae)
-    host.load = lambda models, activations: None  # keep what was loaded as it is
+    for managed in some.networks.values():
+        partial(managed)
     difference = (blur(some) - expected).abs().max()
     assert difference < 1e-6, difference
-    nothing = load()
+    nothing = load().model
     on_meta(nothing.unet), on_meta(nothing.vae)
     scene = pisa.scene_of(torch.rand(1, 2, 128, 192), (8, 12))
     blocks = [replace(one, mask=one.mask.to("meta"), passed=one.passed.to("meta")) for one in pisa.scene_blocks(scene, pisa.Pisa())]
@@ -237,7 +180,7 @@ with torch.inference_mode():
     model = load()
     tall = image[:1, :, :120].repeat_interleave(4, 1).repeat_interleave(4, 2)  # one tile of the VAE at either size
     wide = make_defocus(disparity[:1, :, :120].repeat_interleave(4, 1).repeat_interleave(4, 2), Lens(strength=60.0), 0.4, width=480)
-    expected = sampler.render(model, tall[..., :3].movedim(-1, 1), wide, tile=256)
+    expected = sampler.render(model.model, tall[..., :3].movedim(-1, 1), wide, tile=256)
     seen = []
 
     def full(module, given):
@@ -245,12 +188,12 @@ with torch.inference_mode():
         if seen[-1] > 32 * 64:
             raise model_management.OOM_EXCEPTION("pretended")
 
-    hook = model.unet.network.register_forward_pre_hook(full)
+    hook = model.model.unet.network.register_forward_pre_hook(full)
     result = BokehDiffRender.execute(tall, model, wide, "best").args[0]
     assert torch.equal(result[..., :3].movedim(-1, 1), expected)
     assert seen[0] > 2048 and max(seen[1:]) == 1024, seen
     hook.remove()
-    again = model.unet.network.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(model_management.OOM_EXCEPTION("always")))
+    again = model.model.unet.network.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(model_management.OOM_EXCEPTION("always")))
     try:
         BokehDiffRender.execute(tall, model, wide, "best")
     except model_management.OOM_EXCEPTION:

@@ -1,15 +1,10 @@
 """The pack inside a real ComfyUI: it loads clean, the shipped workflows run, and the pictures are right."""
 
-import io
-import json
 import re
-import time
 
-import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from bokeh_core.metrics.image import psnr
 from bokeh_core.optics import defocus as optics
@@ -17,7 +12,7 @@ from bokeh_core.optics import focus as focusing
 from bokeh_core.optics.lens import Aperture, Lens
 from bokeh_core.render import render
 
-from .comfy import WORKFLOWS, error_of, succeeded, to_api
+from .comfy import INPUT, WORKFLOWS, error_of, lens, node, picture, saved, shipped, shrunk, succeeded, video
 
 NODES = [
     "BokehLoadDepthModel",
@@ -45,39 +40,11 @@ NODES = [
     "AnyToBokehRender",
     "BokehMPIMasks",
 ]
-INPUT = WORKFLOWS / "input"
-
-
-@pytest.fixture(scope="module")
-def object_info(host):
-    return host.get("/object_info")
-
-
-def workflow(name):
-    return json.loads((WORKFLOWS / f"{name}.json").read_text())
-
-
-def picture(path):
-    """[1, 3, H, W] 0..1 of a picture file."""
-    return torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).movedim(-1, 0)[None] / 255
-
-
-def video(source):
-    """[frames, 3, H, W] 0..1 of a video file or its bytes."""
-    with av.open(str(source) if not isinstance(source, bytes) else io.BytesIO(source)) as file:
-        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
-    return torch.from_numpy(np.stack(frames)).movedim(-1, 1) / 255
 
 
 def read_depth(frames):
     """[frames, H, W] disparity of depth pictures [frames, 3, H, W] as the node reads them."""
     return optics.disparity_from_image(frames.movedim(1, -1))
-
-
-def saved(host, outputs, kind="images"):
-    """[1, 3, H, W] of the only picture the only saving node saved."""
-    (entry,) = [entry for output in outputs.values() for entry in output.get(kind, []) if entry["type"] == "output"]
-    return torch.from_numpy(np.asarray(host.picture(entry).convert("RGB")).copy()).movedim(-1, 0)[None] / 255
 
 
 def sharpness(image):
@@ -130,8 +97,8 @@ def test_workflows_are_offered_as_templates(host):
 
 
 def test_photo_workflow(host, object_info):
-    outputs = succeeded(host.run(to_api(workflow("photo_physical"), object_info)))
-    result = saved(host, outputs)
+    outputs = succeeded(host.run(shipped("photo_physical", object_info)[0]))
+    result = host.result(outputs)
 
     sharp = picture(INPUT / "bokeh_demo_photo.png")
     disparity = read_depth(picture(INPUT / "bokeh_demo_depth.png"))
@@ -160,12 +127,12 @@ def test_photo_workflow(host, object_info):
 
 
 def test_matte_and_lens_workflow(host, object_info):
-    outputs = succeeded(host.run(to_api(workflow("photo_matte_and_lens"), object_info)))
-    result = saved(host, outputs)
+    outputs = succeeded(host.run(shipped("photo_matte_and_lens", object_info)[0]))
+    result = host.result(outputs)
     sharp, plate = picture(INPUT / "bokeh_demo_photo.png"), picture(INPUT / "bokeh_demo_clean_plate.jpg")
     disparity, matte = read_depth(picture(INPUT / "bokeh_demo_depth.png")), picture(INPUT / "bokeh_demo_branch_matte.png")[:, 0]
-    lens = Lens(strength=40, aperture=Aperture(blades=7, roundness=0.4, cats_eye=0.5))
-    defocus = optics.make_defocus(disparity, lens, focusing.auto(disparity, sharp), width=sharp.shape[-1])
+    same = Lens(strength=40, aperture=Aperture(blades=7, roundness=0.4, cats_eye=0.5))
+    defocus = optics.make_defocus(disparity, same, focusing.auto(disparity, sharp), width=sharp.shape[-1])
     expected = render(sharp, defocus, matte=matte, clean_plate=plate).clamp(0, 1)
     assert psnr(result, expected) > 51  # hosts differ in how they decode the JPEG plate
     assert psnr(render(sharp, defocus).clamp(0, 1), expected) < 50
@@ -176,8 +143,8 @@ def test_matte_and_lens_workflow(host, object_info):
 
 
 def test_video_workflow(host, object_info):
-    outputs = succeeded(host.run(to_api(workflow("video_focus_pull"), object_info), timeout=600))
-    (entry,) = [entry for output in outputs.values() for entry in output.get("images", []) if entry["type"] == "output"]
+    outputs = succeeded(host.run(shipped("video_focus_pull", object_info)[0], timeout=600))
+    (entry,) = saved(outputs)
     result = video(host.file(entry))
     sharp = video(INPUT / "bokeh_demo_clip.mp4")
     disparity = read_depth(video(INPUT / "bokeh_demo_clip_depth.mp4"))
@@ -201,14 +168,9 @@ def test_video_workflow(host, object_info):
     assert pawn[0] > 1.5 * pawn[1] and king[1] > 1.5 * king[0], (pawn, king)
 
 
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs}
-
-
 def photo_prompt(object_info, **defocus):
     """The photo workflow as a prompt, with changed widgets of Set Focus and Blur, and its nodes by type."""
-    prompt = to_api(workflow("photo_physical"), object_info)
-    by_type = {one["class_type"]: key for key, one in prompt.items()}
+    prompt, by_type = shipped("photo_physical", object_info)
     prompt[by_type["BokehDefocus"]]["inputs"].update(defocus)
     return prompt, by_type
 
@@ -219,17 +181,13 @@ def small(host, object_info):
     prompt, by_type = photo_prompt(object_info, focus="value", focus_value=0.2, strength=80)
     inputs = prompt[by_type["BokehDefocus"]]["inputs"]
     for name in ("image", "depth"):
-        prompt[name] = node("ImageScale", image=inputs[name], upscale_method="area", width=192, height=128, crop="disabled")
+        prompt[name] = shrunk(inputs[name], 192, 128)
         prompt[name + " file"] = node("SaveImage", images=[name, 0], filename_prefix=name)
         inputs[name] = [name, 0]
     prompt[by_type["BokehRender"]]["inputs"]["image"] = ["image", 0]
     for name in ("image", "depth"):  # so that both sides work on the same 8 bits
-        entry = succeeded(
-            host.run(
-                {key: one for key, one in prompt.items() if one["class_type"] == "LoadImage"}
-                | {key: prompt[key] for key in (name, name + " file")}
-            )
-        )[name + " file"]["images"][0]
+        wanted = {key: one for key, one in prompt.items() if one["class_type"] == "LoadImage" or key in (name, name + " file")}
+        (entry,) = saved(succeeded(host.run(wanted)))
         del prompt[name + " file"]
         (host.base / "input" / f"small_{name}.png").write_bytes(host.file(entry))
         prompt[name] = node("LoadImage", image=f"small_{name}.png")
@@ -240,18 +198,17 @@ def small(host, object_info):
 def test_matte_plate_and_looks_reach_the_picture(host, small):
     prompt, by_type, sharp, depth = small
     disparity = read_depth(depth)
-    widgets = {"f_number": 1.8, "focal_length": 50, "sensor": "full frame", "upright": False, "sensor_width": 36, "focus_distance": 0}
     looks = {"blades": 6, "cats_eye": 0.5, "roundness": 0.2, "spherical": 0.5}
-    prompt["lens"] = node("BokehLens", mode="strength", strength=80, **widgets, **looks, blade_rotation=20, highlights=3)
+    prompt["lens"] = lens("strength", strength=80, **looks, blade_rotation=20, highlights=3)
     prompt[by_type["BokehDefocus"]]["inputs"]["lens"] = ["lens", 0]
     prompt["grey"] = node("ImageToMask", image=["depth", 0], channel="red")
     prompt["matte"] = node("ThresholdMask", mask=["grey", 0], value=0.5)
     prompt["plate"] = node("EmptyImage", width=192, height=128, batch_size=1, color=0x408020)
     prompt[by_type["BokehRender"]]["inputs"].update(matte=["matte", 0], clean_plate=["plate", 0])
-    result = saved(host, succeeded(host.run(prompt)))
+    result = host.result(succeeded(host.run(prompt)))
 
-    lens = Lens(strength=80, aperture=Aperture(**looks, rotation=20), highlights=3)
-    defocus = optics.make_defocus(disparity, lens, 0.2, width=192)
+    same = Lens(strength=80, aperture=Aperture(**looks, rotation=20), highlights=3)
+    defocus = optics.make_defocus(disparity, same, 0.2, width=192)
     plate = torch.tensor([0x40, 0x80, 0x20])[None, :, None, None].expand_as(sharp) / 255
     expected = render(sharp, defocus, matte=(depth[:, 0] > 0.5).float(), clean_plate=plate).clamp(0, 1)
     assert (result - expected).abs().max() * 255 < 1.1  # SaveImage cuts the fraction off
@@ -261,9 +218,9 @@ def test_matte_plate_and_looks_reach_the_picture(host, small):
 
 def test_reference_agrees_with_fast(host, small):
     prompt, by_type, sharp, _ = small
-    fast = saved(host, succeeded(host.run(prompt)))
+    fast = host.result(succeeded(host.run(prompt)))
     prompt[by_type["BokehRender"]]["inputs"].update(quality="reference", rays=128)
-    slow = saved(host, succeeded(host.run(prompt)))
+    slow = host.result(succeeded(host.run(prompt)))
     assert not torch.equal(slow, fast)
     assert psnr(slow, fast) > psnr(sharp, fast) + 6
 
@@ -287,33 +244,32 @@ def test_measure(host, small):
 
 def test_strength_zero_is_the_input(host, object_info):
     prompt, _ = photo_prompt(object_info, strength=0)
-    result = saved(host, succeeded(host.run(prompt)))
+    result = host.result(succeeded(host.run(prompt)))
     assert torch.equal(result, picture(INPUT / "bokeh_demo_photo.png"))
 
 
 def test_flipped_depth_read_as_far_is_bright_gives_the_same(host, object_info):
     prompt, by_type = photo_prompt(object_info, focus="point", focus_x=0.49, focus_y=0.54)
-    by_point = saved(host, succeeded(host.run(prompt)))
+    by_point = host.result(succeeded(host.run(prompt)))
     flipped, by_type = photo_prompt(object_info, focus="point", focus_x=0.49, focus_y=0.54, depth_values="far is bright")
     inputs = flipped[by_type["BokehDefocus"]]["inputs"]
     flipped["invert"] = node("ImageInvert", image=inputs["depth"])
     inputs["depth"] = ["invert", 0]
-    by_flipped = saved(host, succeeded(host.run(flipped)))
+    by_flipped = host.result(succeeded(host.run(flipped)))
     assert (by_point - by_flipped).abs().max() * 255 < 2
     far, _ = photo_prompt(object_info, focus="value", focus_value=0.0)
-    assert (saved(host, succeeded(host.run(far))) - by_point).abs().mean() > 0.01
+    assert (host.result(succeeded(host.run(far))) - by_point).abs().mean() > 0.01
 
 
 def test_a_still_and_a_track_make_a_clip(host, object_info):
     prompt, by_type = photo_prompt(object_info)
     prompt["track"] = node("BokehFocusTrack", keyframes="0: 0.9, 2: 0.1")
     prompt[by_type["BokehDefocus"]]["inputs"]["focus_track"] = ["track", 0]
-    small = prompt["small"] = node("ImageScale", image=prompt[by_type["BokehRender"]]["inputs"]["image"])
-    small["inputs"].update(upscale_method="area", width=96, height=64, crop="disabled")
+    prompt["small"] = shrunk(prompt[by_type["BokehRender"]]["inputs"]["image"], 96, 64)
     for key in ("BokehDefocus", "BokehRender"):
         prompt[by_type[key]]["inputs"]["image"] = ["small", 0]
     outputs = succeeded(host.run(prompt))
-    assert len([entry for output in outputs.values() for entry in output.get("images", []) if entry["type"] == "output"]) == 3
+    assert len(saved(outputs)) == 3
 
 
 @pytest.mark.parametrize(
@@ -343,8 +299,7 @@ def test_image_of_another_clip_is_explained(host, object_info):
 
 def test_real_lens_without_metres_is_explained(host, object_info):
     prompt, by_type = photo_prompt(object_info)
-    widgets = {"f_number": 1.8, "focal_length": 50, "sensor": "full frame", "upright": False, "sensor_width": 36, "focus_distance": 0}
-    prompt["lens"] = node("BokehLens", mode="real lens", strength=24, **widgets)
+    prompt["lens"] = lens("real lens")
     prompt[by_type["BokehDefocus"]]["inputs"]["lens"] = ["lens", 0]
     assert "need depth in metres" in error_of(host.run(prompt))
     prompt[by_type["BokehDefocus"]]["inputs"]["depth_values"] = "1 / metres"
@@ -363,17 +318,6 @@ def test_interrupt_stops_soon_and_the_next_run_works(host, object_info, quality)
     inputs["quality"] = quality
     prompt["many"] = node("RepeatImageBatch", image=inputs["image"], amount=40)
     inputs["image"] = ["many", 0]
-    _, answer = host.post("/prompt", {"prompt": prompt})
-    while not host.get("/queue")["queue_running"]:
-        time.sleep(0.05)
-    time.sleep(5)  # well inside the render, which takes much longer
-    asked = time.monotonic()
-    host.post("/interrupt", {})
-    while not (history := host.get(f"/history/{answer['prompt_id']}")):
-        time.sleep(0.05)
-    assert "execution_interrupted" in [name for name, _ in history[answer["prompt_id"]]["status"]["messages"]]
-    seconds = time.monotonic() - asked
-    print(f"interrupted after {seconds:.1f} s")
-    assert seconds < 15  # a second or two on an idle machine
+    assert host.interrupt(prompt, after=5) < 15  # a second or two on an idle machine
     prompt, _ = photo_prompt(object_info, strength=1)
     succeeded(host.run(prompt))

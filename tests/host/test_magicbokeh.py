@@ -1,14 +1,10 @@
 """MagicBokeh inside a real ComfyUI, with a tiny base model and a tiny MagicBokeh file that have the names of the real ones."""
 
-import json
-import os
 import shutil
-import time
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from bokeh_core.optics.defocus import make_defocus
 from bokeh_core.optics.lens import Lens
@@ -16,10 +12,9 @@ from bokeh_core.samplers.magicbokeh.checkpoint import load_magicbokeh
 from bokeh_core.samplers.magicbokeh.sampler import AS_PUBLISHED, render
 from tests.stand_ins import magicbokeh as stand_ins
 
-from .comfy import WORKFLOWS, error_of, succeeded, to_api
+from .comfy import INPUT, check_second_run, choices, error_of, node, picture, saved, shipped, shrunk, succeeded
 from .inside import inside
 
-INPUT = WORKFLOWS / "input"
 BASE, RELEASED, CONVERTED = "stable-diffusion-2-1-base", "lora.pkl", "converted/magicbokeh.safetensors"
 
 
@@ -47,44 +42,23 @@ def models(host, stand_in_files):
 
 
 @pytest.fixture(scope="module")
-def object_info(host, models):
-    return host.get("/object_info")
-
-
-@pytest.fixture(scope="module")
 def model(stand_in_files):
     """The same model in the library."""
     return load_magicbokeh(stand_in_files / BASE, stand_in_files / RELEASED)
 
 
-def node(kind, /, **inputs):
-    return {"class_type": kind, "inputs": inputs}
-
-
 def prompt_of(object_info, size=(321, 203), amount=1, file=RELEASED, strength=60, **widgets):
     """The shipped workflow on scaled pictures, as a prompt, and its nodes by type."""
-    prompt = to_api(json.loads((WORKFLOWS / "photo_magicbokeh_zoom.json").read_text()), object_info)
-    by_type = {one["class_type"]: key for key, one in prompt.items()}
+    prompt, by_type = shipped("photo_magicbokeh_zoom", object_info)
     prompt[by_type["BokehLoadMagicBokeh"]]["inputs"].update(base=f"some/{BASE}", magicbokeh=file)
     defocus = prompt[by_type["BokehDefocus"]]["inputs"]
     defocus.update(strength=strength, focus="value", focus_value=0.3)
     for name in ("image", "depth"):
-        prompt[name] = node("ImageScale", image=defocus[name], upscale_method="area", width=size[0], height=size[1], crop="disabled")
+        prompt[name] = shrunk(defocus[name], *size)
         prompt["many " + name] = node("RepeatImageBatch", image=[name, 0], amount=amount)
         defocus[name] = ["many " + name, 0]
     prompt[by_type["MagicBokehRender"]]["inputs"].update(image=["many image", 0], **widgets)
     return prompt, by_type
-
-
-def picture(path):
-    """[1, 3, H, W] 0..1."""
-    return torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).movedim(-1, 0)[None] / 255
-
-
-def saved(host, outputs):
-    """[1, 3, H, W] of the only picture that was saved."""
-    (entry,) = [entry for output in outputs.values() for entry in output.get("images", []) if entry["type"] == "output"]
-    return torch.from_numpy(np.asarray(host.picture(entry).convert("RGB")).copy()).movedim(-1, 0)[None] / 255
 
 
 def scaled(host, prompt, names):
@@ -92,21 +66,20 @@ def scaled(host, prompt, names):
     found = []
     for name in names:
         wanted = {key: one for key, one in prompt.items() if one["class_type"] == "LoadImage"} | {name: prompt[name]}
-        found.append(saved(host, succeeded(host.run(wanted | {"file": node("SaveImage", images=[name, 0], filename_prefix=name)}))))
+        found.append(host.result(succeeded(host.run(wanted | {"file": node("SaveImage", images=[name, 0], filename_prefix=name)}))))
     return found
 
 
 def test_files_are_listed(object_info):
     for name, some in (("base", [f"some/{BASE}"]), ("magicbokeh", [CONVERTED, RELEASED])):
-        listed = object_info["BokehLoadMagicBokeh"]["input"]["optional"][name]
-        names = listed[0] if isinstance(listed[0], list) else listed[1]["options"]
-        assert [one.replace("\\", "/") for one in names][: len(some)] == some, names  # the most likely first
+        names = choices(object_info, "BokehLoadMagicBokeh", name)
+        assert names[: len(some)] == some, names  # the most likely first
 
 
 @pytest.mark.parametrize(("file", "fidelity"), [(RELEASED, "best"), (CONVERTED, "as published")])
 def test_workflow_gives_what_the_library_gives(host, object_info, model, file, fidelity):
     prompt, _ = prompt_of(object_info, file=file, fidelity=fidelity)
-    result = saved(host, succeeded(host.run(prompt)))
+    result = host.result(succeeded(host.run(prompt)))
     sharp, depth = scaled(host, prompt, ["image", "depth"])
     assert result.shape == sharp.shape == (1, 3, 203, 321)
     more = {"fidelity": AS_PUBLISHED} if fidelity != "best" else {}
@@ -119,11 +92,11 @@ def test_workflow_gives_what_the_library_gives(host, object_info, model, file, f
 
 def test_whole_workflow_as_shipped(host, object_info, models):
     """Nothing changed but the file names: several patches, the photo's own size."""
-    prompt = to_api(json.loads((WORKFLOWS / "photo_magicbokeh_zoom.json").read_text()), object_info)
-    loader = next(one for one in prompt.values() if one["class_type"] == "BokehLoadMagicBokeh")
+    prompt, by_type = shipped("photo_magicbokeh_zoom", object_info)
+    loader = prompt[by_type["BokehLoadMagicBokeh"]]
     loader["inputs"]["base"] = f"some/{BASE}"
     assert loader["inputs"]["magicbokeh"] == RELEASED
-    result = saved(host, succeeded(host.run(prompt, timeout=600)))
+    result = host.result(succeeded(host.run(prompt, timeout=600)))
     assert result.shape == picture(INPUT / "bokeh_demo_photo.png").shape and result.std() > 0.05
 
 
@@ -134,7 +107,7 @@ def test_alpha_upscale_subject_and_fast(host, object_info):
     inputs = prompt[by_type["MagicBokehRender"]]["inputs"]
     inputs.update(image=["alpha", 0], subject=["grey", 0])
     outputs = succeeded(host.run(prompt))
-    (entry,) = [entry for output in outputs.values() for entry in output.get("images", []) if entry["type"] == "output"]
+    (entry,) = saved(outputs)
     result = host.picture(entry)
     assert result.mode == "RGBA" and result.size == (round(321 * 1.5), round(203 * 1.5))
     assert np.asarray(result)[..., 3].std() > 10
@@ -148,31 +121,14 @@ def test_no_defocus_and_strength_0_restore_alike(host, object_info):
         prompt, by_type = prompt_of(object_info, strength=strength or 0)
         if strength is None:
             del prompt[by_type["MagicBokehRender"]]["inputs"]["defocus"]
-        results.append(saved(host, succeeded(host.run(prompt))))
+        results.append(host.result(succeeded(host.run(prompt))))
     assert torch.equal(results[1], results[2]) and not torch.equal(results[0], results[1])
-
-
-def requested(host):
-    return host.log().count("Requested to load")
-
-
-def cached(entry):
-    return next(data["nodes"] for name, data in entry["status"]["messages"] if name == "execution_cached")
 
 
 def test_a_second_run_reloads_nothing(host, object_info):
     prompt, by_type = prompt_of(object_info, size=(131, 97))
-    succeeded(host.run(prompt))
-    before = requested(host)
-    assert before > 0, "the host no longer says when it loads a model; find another sign"
-    prompt[by_type["BokehDefocus"]]["inputs"]["focus_value"] = 0.8
-    entry = host.run(prompt)
-    succeeded(entry)
-    assert by_type["BokehLoadMagicBokeh"] in cached(entry) and by_type["MagicBokehRender"] not in cached(entry)
-    assert requested(host) == before
-    entry = host.run(prompt)
-    succeeded(entry)
-    assert set(cached(entry)) == set(prompt) and requested(host) == before
+    change = (by_type["BokehDefocus"], "focus_value", 0.8)
+    check_second_run(host, prompt, change, by_type["BokehLoadMagicBokeh"], by_type["MagicBokehRender"])
 
 
 def test_wrong_and_missing_files_are_explained(host, object_info):
@@ -189,34 +145,22 @@ def test_wrong_and_missing_files_are_explained(host, object_info):
 
 def test_interrupt_stops_within_a_patch_and_the_next_run_works(host, object_info):
     prompt, _ = prompt_of(object_info, amount=100)
-    _, answer = host.post("/prompt", {"prompt": prompt})
-    while not host.get("/queue")["queue_running"]:
-        time.sleep(0.05)
-    time.sleep(8)  # well inside the render, which takes much longer
-    asked = time.monotonic()
-    host.post("/interrupt", {})
-    while not (history := host.get(f"/history/{answer['prompt_id']}")):
-        time.sleep(0.05)
-    seconds = time.monotonic() - asked
-    assert "execution_interrupted" in [name for name, _ in history[answer["prompt_id"]]["status"]["messages"]]
-    print(f"interrupted after {seconds:.1f} s")
-    assert seconds < 15  # a patch takes a second on an idle machine
+    assert host.interrupt(prompt, after=8) < 15  # a patch takes a second on an idle machine
     succeeded(host.run(prompt_of(object_info, size=(99, 77))[0]))
 
 
 RUN = """
-from bokeh_pack.nodes.magicbokeh import LoadedMagicBokeh, MagicBokehRender
+from bokeh_pack.nodes.magicbokeh import MagicBokehRender
 from bokeh_pack.bokeh_core.optics.defocus import make_defocus
 from bokeh_pack.bokeh_core.optics.lens import Lens
 from bokeh_pack.bokeh_core.samplers.magicbokeh import sampler
-from bokeh_pack.bokeh_core.samplers.magicbokeh.checkpoint import read_blueprints
+from bokeh_pack.bokeh_core.samplers.magicbokeh.checkpoint import MagicBokeh, read_blueprints
 from bokeh_pack.bokeh_core.samplers.magicbokeh.network import focus_regions
-
-NAMES = ("encoder", "controlnet", "unet", "decoder")
 
 def load():
     parts, scale = read_blueprints({base!r}, {file!r})
-    return LoadedMagicBokeh(**{name: host.managed(p.build, p.tensors, p.compute_in) for name, p in parts.items()}, scaling_factor=scale)
+    networks = {name: host.managed(p.build, p.tensors, p.compute_in) for name, p in parts.items()}
+    return host.Loaded(MagicBokeh(**networks, scaling_factor=scale), networks)
 
 def run(model, image, mode="exact"):
     disparity = torch.linspace(0, 1, image.shape[2]).expand(1, *image.shape[1:3])
@@ -229,13 +173,7 @@ def script(files):
     return RUN.replace("{base!r}", repr(str(files / BASE))).replace("{file!r}", repr(str(files / CONVERTED)))
 
 
-@pytest.fixture
-def needs_host():
-    if not os.environ.get("COMFYUI_PATH"):
-        pytest.skip("NO HOST: set COMFYUI_PATH and COMFYUI_PYTHON to test the pack inside ComfyUI")
-
-
-def test_a_partial_load_gives_the_same_numbers(stand_in_files, needs_host):
+def test_a_partial_load_gives_the_same_numbers(stand_in_files):
     code = """
 image = torch.rand(1, 60, 90, 3, generator=torch.Generator().manual_seed(0))
 with torch.inference_mode():
@@ -243,13 +181,12 @@ with torch.inference_mode():
     assert whole.patcher in whole.get_models() and len(whole.get_models()) == 4
     expected = run(whole, image)
     some = load()
-    for name in NAMES:
-        partial(getattr(some, name))
-    host.load = lambda models, activations: None  # keep what was loaded as it is
+    for managed in some.networks.values():
+        partial(managed)
     difference = (run(some, image) - expected).abs().max()
     assert expected.std() > 0.05 and difference < 1e-5, difference
-    nothing = load()
-    for name in NAMES:
+    nothing = load().model
+    for name in ("encoder", "controlnet", "unet", "decoder"):
         on_meta(getattr(nothing, name))
     mask = (torch.arange(128) > 40).float().expand(2, 128, 128)
     mean, _ = nothing.encoder.network(torch.rand(2, 3, 128, 128, device="meta"))
@@ -260,7 +197,7 @@ with torch.inference_mode():
     assert "agreed meta" in inside(script(stand_in_files) + code, timeout=600)
 
 
-def test_out_of_memory_halves_the_work_and_finishes(stand_in_files, needs_host):
+def test_out_of_memory_halves_the_work_and_finishes(stand_in_files):
     code = """
 import comfy.model_management
 image = torch.rand(1, 512, 800, 3, generator=torch.Generator().manual_seed(0))

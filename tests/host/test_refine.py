@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import json
 
 import pytest
 import torch
@@ -17,9 +16,8 @@ from bokeh_core.optics.stack import BokehStack
 from tests.stand_ins import dsfa as stand_ins
 from tests.stand_ins import kontext_stack as kontext_stand_ins
 
-from .comfy import WORKFLOWS, error_of, succeeded, to_api
+from .comfy import INPUT, cached, error_of, node, picture, set_focus, shipped, shrunk, succeeded, use_stand_in_flux
 from .inside import inside
-from .test_depth import cached, needs_host, node, picture, pictures, requested  # noqa: F401 (a fixture)
 
 DAV2, UDV2, PLAIN = "DAV2_dsfa_release.pth", "UDv2_dsfa_release.pth", "unidepth_v2_vitl14.safetensors"
 SIZE = (192, 128)
@@ -39,23 +37,16 @@ def models(host):
     return write_models(host.base / "models" / "depthanything")
 
 
-@pytest.fixture(scope="module")
-def object_info(host, models):
-    return host.get("/object_info")
-
-
-def workflow(name, object_info, width=SIZE[0], height=SIZE[1]):
+def workflow(name, object_info):
     """(prompt, node by type) of a shipped workflow, made small: every picture is shrunk where it is loaded."""
-    prompt = to_api(json.loads((WORKFLOWS / f"{name}.json").read_text()), object_info)
+    prompt, by_type = shipped(name, object_info)
     for loader in [key for key, one in prompt.items() if one["class_type"] == "LoadImage"]:
         for one in prompt.values():
             for input_name, link in one["inputs"].items():
                 if link == [loader, 0]:
                     one["inputs"][input_name] = [f"small_{loader}", 0]
-        prompt[f"small_{loader}"] = node(
-            "ImageScale", image=[loader, 0], upscale_method="area", width=width, height=height, crop="disabled"
-        )
-    return prompt, {one["class_type"]: key for key, one in prompt.items()}
+        prompt[f"small_{loader}"] = shrunk([loader, 0], *SIZE)
+    return prompt, by_type
 
 
 def shown(prompt, **outputs):
@@ -67,7 +58,7 @@ def shown(prompt, **outputs):
 
 def grey(host, outputs, name):
     """[H, W] of a saved depth picture."""
-    return pictures(host, outputs[name]["images"])[0, 0]
+    return host.pictures(outputs[name]["images"])[0, 0]
 
 
 def test_workflow_from_a_physical_stack(host, object_info):
@@ -75,13 +66,13 @@ def test_workflow_from_a_physical_stack(host, object_info):
     stacked, measured = by_type["BokehStackRendered"], by_type["BokehDepthFromSweep"]
     shown(prompt, frames=(stacked, 1), reference=(stacked, 2), depth=(measured, 0))
     outputs = succeeded(host.run(prompt, timeout=600))
-    frames, reference = (pictures(host, outputs[name]["images"]) for name in ("frames", "reference"))
+    frames, reference = (host.pictures(outputs[name]["images"]) for name in ("frames", "reference"))
     found = grey(host, outputs, "depth")
     stack = BokehStack(reference[0], frames, [10.0, 20.0, 30.0])
     upsample = lambda low, image: guided_upsample(low, image, align_corners=False)  # noqa: E731
     expected = near_bright(sweep.depth_from_sweep(stack, upsample=upsample).disparity[None], [0], False)[0]
     assert found.shape == (SIZE[1], SIZE[0]) and float((found - expected).abs().median()) < 0.02  # the pictures went through 8 bit
-    truth = F.interpolate(picture(WORKFLOWS / "input" / "bokeh_demo_depth.png")[:, :1], found.shape, mode="area")[0, 0]
+    truth = F.interpolate(picture(INPUT / "bokeh_demo_depth.png")[:, :1], found.shape, mode="area")[0, 0]
     assert float(torch.corrcoef(torch.stack([found.flatten(), truth.flatten()]))[0, 1]) > 0.6
 
 
@@ -99,13 +90,35 @@ def loop(prompt, by_type, **widgets):
     return shown(prompt, frames=(by_type["BokehStackRendered"], 1), sharp=sharp, depth=("refine", 0))
 
 
+def test_workflow_from_photos(host, object_info):
+    """Four photos and their EXIF: metres, and a new photo by a real lens."""
+    prompt, by_type = shipped("depth_from_photo_stack", object_info)
+    shown(prompt, depth=(by_type["BokehDepthFromSweep"], 0))
+    outputs = succeeded(host.run(prompt, timeout=600))
+    found, result = grey(host, outputs, "depth"), host.pictures(outputs[by_type["SaveImage"]]["images"])
+    truth = F.interpolate(picture(INPUT / "bokeh_demo_depth.png")[:, :1], found.shape, mode="area")[0, 0]
+    assert float(torch.corrcoef(torch.stack([found.flatten(), truth.flatten()]))[0, 1]) > 0.6
+    assert float((found - truth).abs().median()) < 0.05
+
+    def detail(picture, left, top, right, bottom):
+        height, width = picture.shape[-2:]
+        part = picture[..., int(top * height) : int(bottom * height), int(left * width) : int(right * width)]
+        return float(part.diff(dim=-1).abs().mean())
+
+    queen, branch = (0.44, 0.27, 0.54, 0.7), (0.0, 0.0, 0.3, 0.4)
+    narrow, wide = (picture(INPUT / f"bokeh_demo_f{n}.jpg") for n in ("22", "1.4"))
+    assert result.shape == narrow.shape
+    assert detail(result, *queen) > 2 * detail(wide, *queen), "the photo at f/1.4 has the queen out of focus"
+    assert detail(result, *branch) < 0.5 * detail(narrow, *branch), "the focus has left the branch"
+
+
 @pytest.mark.parametrize("name", [UDV2, DAV2])
 def test_the_loop_with_a_physical_stack(host, object_info, models, name):
     prompt = loop(*workflow("depth_from_physical_stack", object_info))
     prompt["model"]["inputs"]["model"] = name
     outputs = succeeded(host.run(prompt, timeout=600))
     model = load_depth_model(models / name)
-    stack = BokehStack(pictures(host, outputs["sharp"]["images"])[0], pictures(host, outputs["frames"]["images"]), [10.0, 20.0, 30.0])
+    stack = BokehStack(host.pictures(outputs["sharp"]["images"])[0], host.pictures(outputs["frames"]["images"]), [10.0, 20.0, 30.0])
 
     def expected(k):
         upsample = lambda low, image: guided_upsample(low, image, align_corners=model.info.align_corners, metric=True)  # noqa: E731
@@ -115,45 +128,32 @@ def test_the_loop_with_a_physical_stack(host, object_info, models, name):
     given = grey(host, outputs, "depth")
     assert float((given - expected("as given")).abs().mean()) < 0.02 < float(given.std())
 
-    before = requested(host)
+    before = host.loads()
     prompt["refine"]["inputs"]["k"] = "none"
     entry = host.run(prompt, timeout=600)
     none = grey(host, succeeded(entry), "depth")
-    assert {"model", "refine"} & set(cached(entry)) == {"model"} and requested(host) == before, "a second run reloads nothing"
+    assert {"model", "refine"} & set(cached(entry)) == {"model"} and host.loads() == before > 0, "a second run reloads nothing"
     assert float((none - expected("none")).abs().mean()) < 0.02 and not torch.allclose(none, given, atol=0.01)
 
 
 def test_the_whole_loop_as_shipped(host, object_info, models):
     """The Kontext workflow on stand-ins for FLUX, its text encoders and its VAE; only those loaders are replaced."""
-    folder = host.base / "models"
-    encoder, decoder = kontext_stand_ins.small_vae()
-    files = {
-        "diffusion_models/flux1-dev-kontext_fp8_scaled.safetensors": kontext_stand_ins.flux(),
-        "vae_approx/taef1_encoder.safetensors": encoder,
-        "vae_approx/taef1_decoder.safetensors": decoder,
-    }
-    for name, tensors in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / name)
-    (folder / "loras").mkdir(exist_ok=True)
-    torch.save(kontext_stand_ins.adapter(128, 3), folder / "loras" / "bokeh_lora.bin")
+    kontext_stand_ins.write(host.base / "models")
     prompt, by_type = workflow("depth_from_bokeh_stack", host.get("/object_info"))
-    prompt[by_type["DualCLIPLoader"]] = node("StandInFluxClip")
-    prompt[by_type["VAELoader"]] = node("VAELoader", vae_name="taef1")
-    prompt[by_type["BokehGenerateStack"]]["inputs"].update(resolution=64, steps=2, seed=7)
+    use_stand_in_flux(prompt, by_type)
     prompt[by_type["BokehRefineDepth"]]["inputs"].update(resolution=140)
     shown(prompt, depth=(by_type["BokehRefineDepth"], 0))
     outputs = succeeded(host.run(prompt, timeout=600))
     depth = grey(host, outputs, "depth")
     assert depth.shape == (SIZE[1], SIZE[0]) and float(depth.std()) > 0.02, "the depth has the photo's size, not the stack's"
-    final = pictures(host, outputs[by_type["SaveImage"]]["images"])
+    final = host.pictures(outputs[by_type["SaveImage"]]["images"])
     assert final.shape[-2:] == depth.shape
 
 
 def test_plain_unidepth_estimates(host, models, object_info):
     prompt = {
         "load": node("LoadImage", image="bokeh_demo_photo.png"),
-        "small": node("ImageScale", image=["load", 0], upscale_method="area", width=SIZE[0], height=SIZE[1], crop="disabled"),
+        "small": shrunk(["load", 0], *SIZE),
         "model": node("BokehLoadDepthModel", model=PLAIN, kind="auto"),
         "depth": node(
             "BokehEstimateDepth",
@@ -167,18 +167,7 @@ def test_plain_unidepth_estimates(host, models, object_info):
     }
     shown(prompt, map=("depth", 0))
     assert float(grey(host, succeeded(host.run(prompt)), "map").std()) > 0.02
-    prompt["defocus"] = node(
-        "BokehDefocus",
-        image=["small", 0],
-        depth=["depth", 1],
-        strength=24,
-        focus="auto",
-        focus_x=0.5,
-        focus_y=0.5,
-        focus_value=0.5,
-        depth_values="near is bright",
-        follow=False,
-    )
+    prompt["defocus"] = set_focus(["small", 0], ["depth", 1])
     prompt["stack"] = node("BokehStackRendered", image=["small", 0], defocus=["defocus", 0], k_values="10", k_per="whole depth range")
     prompt["refine"] = node(
         "BokehRefineDepth",
@@ -205,37 +194,32 @@ def test_help_is_there(host):
         assert host.fetch(f"/extensions/bokeh-nodes/docs/{name}.md").startswith(b"# ")
 
 
-RUN = """
-from bokeh_pack.nodes import refine as nodes
-from bokeh_pack.nodes.depth import LoadedDepthModel
-from bokeh_pack.bokeh_core.depth.checkpoint import build, read_depth_file, recognise
+@pytest.mark.parametrize("name", [DAV2, UDV2, PLAIN])
+def test_a_partial_load_gives_the_same_numbers(tmp_path, name):
+    code = f"""
+import folder_paths
+from bokeh_pack.nodes.depth import BokehLoadDepthModel
+from bokeh_pack.nodes.refine import BokehRefineDepth
 from bokeh_pack.bokeh_core.depth.dsfa import fuse
 from bokeh_pack.bokeh_core.optics.stack import BokehStack
+folder_paths.add_model_folder_path("depthanything", {str(write_models(tmp_path))!r})
 host.preview = lambda images, node: None
 
 def load(name):
-    path = {folder!r} + "/" + name
-    info, tensors = recognise(read_depth_file(path), path)
-    return LoadedDepthModel(host.managed(lambda ops, some: build(info, some, ops), tensors, (torch.float16, torch.float32)), info)
-"""
+    return BokehLoadDepthModel.execute(name).args[0]
 
-
-@pytest.mark.parametrize("name", [DAV2, UDV2, PLAIN])
-def test_a_partial_load_gives_the_same_numbers(tmp_path, name, needs_host):  # noqa: F811
-    code = f"""
 image = torch.nn.functional.interpolate(torch.rand(1, 3, 9, 12, generator=torch.Generator().manual_seed(0)), (90, 120), mode="bilinear")
 frames = torch.cat([torch.nn.functional.avg_pool2d(image, n, 1, n // 2)[..., :90, :120] for n in (3, 5)])
 stack = BokehStack(image[0], frames, [10.0, 20.0])
 picture = image.movedim(1, -1)
 with torch.inference_mode():
     def run(model):
-        return nodes.BokehRefineDepth.execute(picture, stack, model, "as given", 140, "plain", "best").args[1]["depth"]
+        return BokehRefineDepth.execute(picture, stack, model, "as given", 140, "plain", "best").args[1]["depth"]
     if {name!r} != {PLAIN!r}:
         whole = load({name!r})
         expected = run(whole)
         some = load({name!r})
         partial(some.managed)
-        host.load = lambda models, activations: None  # keep what was loaded as it is
         difference = ((run(some) - expected).abs() / expected).max()
         assert expected.std() > 0.05 and difference < 1e-5, difference
     nothing = load({name!r})
@@ -248,4 +232,4 @@ with torch.inference_mode():
     depth = network.depth(taps, (28, 42)) if hasattr(network, "depth") else network.decode(taps, (28, 42)).depth
     print("agreed", depth.device.type)
 """
-    assert "agreed meta" in inside(RUN.replace("{folder!r}", repr(str(write_models(tmp_path / "m")))) + code)
+    assert "agreed meta" in inside(code)

@@ -2,18 +2,15 @@
 
 import json
 import re
-import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from bokeh_core.stack_files import load_stack
+from tests.stand_ins import kontext_stack as stand_ins
 
-from ..stand_ins import kontext_stack as stand_ins
-from .comfy import ROOT, WORKFLOWS, error_of, succeeded, to_api
+from .comfy import ROOT, error_of, lens, node, shipped, shrunk, succeeded, use_stand_in_flux
 from .inside import inside
-from .test_host import node, photo_prompt, picture, workflow
 
 GOLDENS = ROOT.parent / "shared" / "reference" / "bokehdepth_stage1" / "goldens"
 
@@ -72,16 +69,7 @@ def numbers(tmp_path, code):
     return found
 
 
-@pytest.fixture
-def comfy(request):
-    """Skips where no host is given, without starting a server."""
-    import os
-
-    if not os.environ.get("COMFYUI_PATH"):
-        pytest.skip("NO HOST: set COMFYUI_PATH to a ComfyUI folder and COMFYUI_PYTHON to its interpreter")
-
-
-def test_same_as_diffusers_and_gone_without_a_trace(comfy, tmp_path):
+def test_same_as_diffusers_and_gone_without_a_trace(tmp_path):
     found = numbers(
         tmp_path,
         """
@@ -145,7 +133,7 @@ out["options"] = clip.tokenizer_options
     assert found["tokens"] >= 512 and found["weights"] == [1.0] and found["options"] == {}
 
 
-def test_stored_weights_stay_what_they_are(comfy, tmp_path):
+def test_stored_weights_stay_what_they_are(tmp_path):
     """fp8 equals its dequantised weights; a core LoRA still works; loading in part changes nothing."""
     found = numbers(
         tmp_path,
@@ -213,7 +201,7 @@ out["meta"] = [str(pair[name](x).dtype) for pair in managed.network.values() for
 
 
 @pytest.mark.parametrize("name", ["flux_tiny_a", "flux_tiny_subset_a"])
-def test_recorded_numbers_on_the_core_network(comfy, tmp_path, name):
+def test_recorded_numbers_on_the_core_network(tmp_path, name):
     """The published outputs, with the weights in the core's layout, in the core's own Flux class."""
     if not (GOLDENS / f"{name}.json").exists():
         pytest.skip(f"the recorded case {name} is not beside the repository")
@@ -272,37 +260,17 @@ compare("mixed_batch", adapter.vectors_of_k([0, 10, 30][:batch]))
 
 
 @pytest.fixture(scope="module")
-def object_info(host):
-    return host.get("/object_info")
-
-
-@pytest.fixture(scope="module")
-def stand_in_files(host):
-    """Tiny files under the names the workflow asks for."""
-    models = host.base / "models"
-    encoder, decoder = stand_ins.small_vae()
-    files = {
-        "diffusion_models/flux1-dev-kontext_fp8_scaled.safetensors": stand_ins.flux(),
-        "vae_approx/taef1_encoder.safetensors": encoder,
-        "vae_approx/taef1_decoder.safetensors": decoder,
-    }
-    for name, tensors in files.items():
-        (models / name).parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, models / name)
-    (models / "loras").mkdir(exist_ok=True)
-    torch.save(stand_ins.adapter(128, 3), models / "loras" / "bokeh_lora.bin")
-    torch.save(stand_ins.adapter(128, 2), models / "loras" / "partial.bin")
-    return models
+def models(host):
+    """Tiny files under the names the workflow asks for, and an adapter with a block missing."""
+    stand_ins.write(host.base / "models")
+    torch.save(stand_ins.adapter(128, 2), host.base / "models" / "loras" / "partial.bin")
 
 
 @pytest.fixture
-def kontext(host, stand_in_files, object_info):
-    """(prompt, node by type) of the Kontext workflow on the stand-ins, small and quick. What is replaced: text encoders and VAE."""
-    prompt = to_api(workflow("bokeh_stack_kontext"), host.get("/object_info"))
-    by_type = {one["class_type"]: key for key, one in prompt.items()}
-    prompt[by_type["DualCLIPLoader"]] = node("StandInFluxClip")
-    prompt[by_type["VAELoader"]] = node("VAELoader", vae_name="taef1")
-    prompt[by_type["BokehGenerateStack"]]["inputs"].update(resolution=64, steps=2, seed=7)
+def kontext(object_info):
+    """(prompt, node by type) of the Kontext workflow on the stand-ins, small and quick."""
+    prompt, by_type = shipped("bokeh_stack_kontext", object_info)
+    use_stand_in_flux(prompt, by_type)
     return prompt, by_type
 
 
@@ -321,11 +289,11 @@ def test_kontext_workflow_makes_a_stack(host, kontext):
     assert stack.source == "kontext" and stack.settings["num_inference_steps"] == 2
     assert (stack.frames[0] - stack.frames[2]).abs().max() > 2 / 255  # K matters
 
-    requested = host.log().count("Requested to load")
+    loads = host.loads()
     prompt[by_type["BokehGenerateStack"]]["inputs"].update(seed=8)
     again = succeeded(host.run(prompt, timeout=600))
     assert frames_of(host, again, by_type["BokehGenerateStack"])[0].tobytes() != frames[0].tobytes()
-    assert host.log().count("Requested to load") == requested, "the second run loaded something again"
+    assert host.loads() == loads > 0, "the second run loaded something again"
 
 
 def test_model_without_adapter_and_partial_file_are_explained(host, kontext):
@@ -343,24 +311,14 @@ def test_model_without_adapter_and_partial_file_are_explained(host, kontext):
 def test_interrupt_stops_a_stack(host, kontext):
     prompt, by_type = kontext
     prompt[by_type["BokehGenerateStack"]]["inputs"].update(steps=200, resolution=128, seed=9)
-    _, answer = host.post("/prompt", {"prompt": prompt})
-    while not host.get("/queue")["queue_running"]:
-        time.sleep(0.05)
-    time.sleep(6)
-    asked = time.monotonic()
-    host.post("/interrupt", {})
-    while not (history := host.get(f"/history/{answer['prompt_id']}")):
-        time.sleep(0.05)
-    assert "execution_interrupted" in [name for name, _ in history[answer["prompt_id"]]["status"]["messages"]]
-    assert time.monotonic() - asked < 15
+    assert host.interrupt(prompt, after=6) < 15
 
 
 def test_physical_workflow_saves_and_loads(host, object_info):
-    prompt = to_api(workflow("bokeh_stack_physical"), object_info)
-    by_type = {one["class_type"]: key for key, one in prompt.items()}
+    prompt, by_type = shipped("bokeh_stack_physical", object_info)
     for name in ("image", "depth"):
         inputs = prompt[by_type["BokehDefocus"]]["inputs"]
-        prompt[name] = node("ImageScale", image=inputs[name], upscale_method="area", width=192, height=128, crop="disabled")
+        prompt[name] = shrunk(inputs[name], 192, 128)
         inputs[name] = [name, 0]
     prompt[by_type["BokehStackRendered"]]["inputs"]["image"] = ["image", 0]
     known = set(host.base.glob("output/bokeh_stack*/manifest.jsonl"))
@@ -368,6 +326,8 @@ def test_physical_workflow_saves_and_loads(host, object_info):
     (manifest,) = set(host.base.glob("output/bokeh_stack*/manifest.jsonl")) - known
     stack = load_stack(manifest)
     assert stack.k.tolist() == [10, 20, 30] and stack.frames.shape == (3, 3, 128, 192)
+    again = host.pictures(outputs[by_type["PreviewImage"]]["images"])
+    assert (again - stack.frames).abs().max() * 255 < 1.1, "the workflow loads what it has saved"
 
     def detail(pictures):
         return float(pictures.diff(dim=-1).abs().mean())
@@ -387,12 +347,9 @@ def test_physical_workflow_saves_and_loads(host, object_info):
 
 
 def test_stack_of_photos(host, object_info):
-    prompt, by_type = photo_prompt(object_info)
-    photo = prompt[by_type["BokehDefocus"]]["inputs"]["image"]
-    widgets = {"f_number": 1.8, "focal_length": 50, "sensor": "full frame", "upright": False, "sensor_width": 36, "focus_distance": 2}
-    prompt = {key: one for key, one in prompt.items() if one["class_type"] == "LoadImage"}
-    prompt["lens"] = node("BokehLens", mode="real lens", strength=24, **widgets)
-    prompt["two"] = node("RepeatImageBatch", image=photo, amount=2)
+    photo = ["photo", 0]
+    prompt = {"photo": node("LoadImage", image="bokeh_demo_photo.png"), "two": node("RepeatImageBatch", image=photo, amount=2)}
+    prompt["lens"] = lens("real lens", focus_distance=2)
     stack = {"reference": photo, "frames": ["two", 0], "k_values": "5, 10", "f_numbers": "4, 2", "photos": "", "focus_distance": 2}
     prompt["stack"] = node("BokehStackFromImages", **stack, k_from="f-numbers", lens=["lens", 0])
     prompt["save"] = node("BokehSaveStack", stack=["stack", 0], folder="photos")
@@ -405,9 +362,6 @@ def test_stack_of_photos(host, object_info):
     assert "2 blurred photos and 3 values of K" in error_of(host.run(prompt))
 
 
-def test_help_and_example_are_there(host, object_info):
-    shipped = {path.stem for path in WORKFLOWS.glob("*.json")}
-    assert {"bokeh_stack_kontext", "bokeh_stack_physical"} <= shipped
+def test_help_is_there(host, object_info):
     for name in [name for name in object_info if re.fullmatch(r"Bokeh\w*Stack\w*", name)]:
         assert host.fetch(f"/extensions/bokeh-nodes/docs/{name}.md").startswith(b"# ")
-    assert picture(WORKFLOWS / "input" / "bokeh_demo_photo.png").shape[1] == 3

@@ -23,25 +23,29 @@ def depth_anything(seed: int = 0, vit: ViTConfig = VIT, head: DPTConfig = HEAD) 
 
 def video_depth_anything(seed: int = 0, vit: ViTConfig = VIT, head: DPTConfig = HEAD) -> dict[str, torch.Tensor]:
     """Tensors of a Video Depth Anything file."""
-    with torch.device("meta"):
-        shapes = VideoDepthAnything(VideoDepthAnythingConfig(vit, head))
-    tables = {name: table for name, table in VideoDepthAnything(VideoDepthAnythingConfig(vit, head)).named_buffers()}
-    return _weights(shapes, seed) | tables
+    network = VideoDepthAnything(VideoDepthAnythingConfig(vit, head))
+    return _weights(network, seed) | dict(network.named_buffers())
 
 
 def _weights(network, seed):
+    tensors = drawn(network, seed)
+    last = next(name for name in tensors if name.endswith("output_conv2.2.weight"))
+    tensors[last] = 0.3 * tensors[last].abs()  # towards above 0, where ReLU does not clip
+    return tensors
+
+
+def drawn(network: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """Tensors for all names of a network: norms near 1, gates open, layers that keep the size of what goes through them."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, like in network.state_dict().items():
         noise = torch.randn(like.shape, generator=generator)
-        if name.endswith(".gamma"):
+        if ".gamma" in name:  # gates; all of them open
             tensors[name] = 0.5 + 0.1 * noise
         elif like.ndim == 1:
             tensors[name] = 0.05 * noise + (1.0 if name.endswith("weight") else 0.0)
-        elif like.ndim > 1 and name.endswith("weight"):
+        elif name.endswith("weight"):
             tensors[name] = noise * like[0].numel() ** -0.5
         else:
             tensors[name] = 0.2 * noise
-    last = next(name for name in tensors if name.endswith("output_conv2.2.weight"))
-    tensors[last] = 0.3 * tensors[last].abs()  # towards above 0, where ReLU does not clip
     return tensors

@@ -1,14 +1,12 @@
 """Tiny DSFA checkpoints on Depth Anything V2 and UniDepthV2, and a tiny plain UniDepthV2: the names of the real files, heads of 64."""
 
-from dataclasses import replace
-
 import torch
 
 from bokeh_core.depth.dsfa import DepthAnythingDSFA, DepthAnythingDSFAConfig, DSFAConfig
 from bokeh_core.depth.unidepth import UniDepth, UniDepthConfig
 from bokeh_core.depth.vit import ViTConfig
 
-from .depth import HEAD, VIT
+from .depth import HEAD, VIT, drawn
 
 UNI_VIT = ViTConfig(width=128, depth=4, heads=2, taps=(0, 1, 2, 3), grid=5, final_norm_eps=1e-5, position_offset=None, unused_registers=1)
 DSFA = DSFAConfig((0, 1, 2, 3), squared_space_scale=True)
@@ -31,23 +29,12 @@ def udv2_dsfa(seed: int = 0) -> dict[str, torch.Tensor]:
 def unidepth(seed: int = 0) -> dict[str, torch.Tensor]:
     """Tensors like those of a plain UniDepthV2 file."""
     with torch.device("meta"):
-        network = UniDepth(UniDepthConfig(replace(UNI_VIT), None, hidden=64))
+        network = UniDepth(UniDepthConfig(UNI_VIT, None, hidden=64))
     return {name.replace("pixel_encoder.backbone.", "pixel_encoder."): tensor for name, tensor in _weights(network, seed).items()}
 
 
 def _weights(network, seed):
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, like in network.state_dict().items():
-        noise = torch.randn(like.shape, generator=generator)
-        if ".gamma" in name:  # gates; all of them open
-            tensors[name] = 0.5 + 0.1 * noise
-        elif like.ndim == 1:
-            tensors[name] = 0.05 * noise + (1.0 if name.endswith("weight") else 0.0)
-        elif name.endswith("weight"):
-            tensors[name] = noise * like[0].numel() ** -0.5
-        else:
-            tensors[name] = 0.2 * noise
+    tensors = drawn(network, seed)
     for name in tensors:
         if name.endswith(("output_conv2.2.weight", "to_depth_hr.2.weight")):
             tensors[name] = 0.3 * tensors[name]

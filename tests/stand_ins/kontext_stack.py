@@ -1,5 +1,7 @@
 """Tiny random files in the layouts of the stage 1 stack: FLUX as ComfyUI stores it, the adapter, the small FLUX VAE."""
 
+from pathlib import Path
+
 import torch
 
 HEAD = 128  # width of FLUX's attention heads, which the host's loader takes for granted
@@ -142,3 +144,15 @@ def small_vae(seed: int = 2) -> tuple[dict[str, torch.Tensor], dict[str, torch.T
         decoder |= block(i)
     decoder |= conv(19, 64, 3)
     return _random(encoder, seed), _random(decoder, seed + 1)
+
+
+def write(models: Path) -> None:
+    """FLUX, the adapter and the small VAE where the workflow looks for them. models: the host's folder."""
+    from safetensors.torch import save_file
+
+    for name in ("diffusion_models", "vae_approx", "loras"):
+        (models / name).mkdir(parents=True, exist_ok=True)
+    save_file(flux(), models / "diffusion_models" / "flux1-dev-kontext_fp8_scaled.safetensors")
+    for name, tensors in zip(("encoder", "decoder"), small_vae(), strict=True):
+        save_file(tensors, models / "vae_approx" / f"taef1_{name}.safetensors")
+    torch.save(adapter(HEAD, 3), models / "loras" / "bokeh_lora.bin")

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from bokeh_core.samplers.magicbokeh.lora_file import BASE_LAYER, FORMAT, PROCESSORS
 from bokeh_core.samplers.magicbokeh.network import ControlNet, pruned_unet
 
 from .ldm import unet_to_ldm, vae_to_ldm
+from .lora_pkl import write_lora
 
 WIDTHS = (64, 128, 64, 64)  # steps where the real one (320, 640, 1280, 1280) has them: there lie shortcuts
 UNET = {
@@ -56,10 +56,10 @@ def write_base(folder: Path, seed: int = 0) -> Path:
     from safetensors.torch import save_file
 
     for (name, config), tensors in zip({"unet": UNET, "vae": VAE}.items(), base(seed), strict=True):
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps({"_class_name": name, **config}))
         save_file(tensors, str(folder / name / "diffusion_pytorch_model.safetensors"))
-    (folder / "scheduler").mkdir()
+    (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": "epsilon"}))
     (folder / "model_index.json").write_text("{}")
     return folder
@@ -124,28 +124,10 @@ def write_converted(path: Path, content: dict | None = None) -> Path:
     return path
 
 
-class Live(nn.Module):
-    """A module as the released file holds one: alive, with its settings."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        super().__init__()
-        self._internal_dict = {"in_channels": 4}
-        for name, tensor in tensors.items():
-            *path, last = name.split(".")
-            module = self
-            for step in path:
-                if step not in module._modules:
-                    module.add_module(step, nn.Module())
-                module = module._modules[step]
-            module.register_parameter(last, nn.Parameter(tensor))
-
-
 def write_pickle(path: Path, content: dict | None = None) -> Path:
     """As released: lora.pkl with a live ControlNet."""
-    content = dict(content or own())
-    content["controlnet"] = Live(content["controlnet"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path)
+    write_lora(path, content or own())
     return path
 
 

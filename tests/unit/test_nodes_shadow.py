@@ -102,6 +102,8 @@ def test_the_hosts_nodes_module_stays_the_hosts(loaded):
 def test_loading_is_light(loaded):
     heavy = {"diffusers", "transformers", "kornia", "einops", "av", "PIL", "accelerate", "torchvision", "scipy", "cv2"}
     assert not heavy & {name.partition(".")[0] for name in loaded["new"]}
+    late = [name for name in loaded["new"] if name.endswith((".sampler", ".network", ".checkpoint", ".media", ".rays", ".flux"))]
+    assert not late, f"only nodes that run need these: {late}"
     assert not loaded["cuda"]
     assert loaded["seconds"] < 0.5
 
