@@ -9,9 +9,10 @@ import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
-from . import __version__, any_to_bokeh_cli, depth_cli, models_cli
+from . import __version__, batch_cli, depth_cli, models_cli, renderers_cli, train_cli
 from .errors import BokehError
 from .terminal import bar, say
 
@@ -21,6 +22,8 @@ clips      a folder of pictures in natural order, or a video file (mp4, mov, mkv
 depth      a picture, or for clips also a folder or video with one map per frame. Grey PNG is scaled to 0..1 by its full
            range (255 or 65535); EXR and .npy values are used as they are, never normalised. Without --depth an installed
            depth model estimates it ('bokeh models' lists them), one range for the whole clip
+stopped    a clip that was stopped, or killed, goes on where it was when the same command is given again; until then the finished
+           frames lie beside OUT in the hidden folder .OUT.partial
 
 examples
   bokeh render photo.jpg -o out.png
@@ -46,7 +49,7 @@ LIGHTS = {
     "highlights": (float, "B", "how much brighter clipped lights really were, e.g. 4; only where they are blurred (default: 0)"),
     "highlight_threshold": (float, "0..1", "display value from which light counts as clipped (default: 0.9)"),
 }
-INTERRUPTED = "interrupted; no partial file is left."
+INTERRUPTED = "interrupted; no half-written file is left."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,7 +60,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="bokeh", description="Real depth of field for pictures and video.")
     parser.add_argument("--version", action="version", version=f"bokeh {__version__}")
-    names = "demo | render | depth | models | synthesize | judge"
+    names = "demo | render | depth | models | synthesize | judge | train | evaluate | batch | farm"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names, parser_class=_Parser)
 
     demo = commands.add_parser("demo", help="render a built-in scene, to see what the renderer does")
@@ -98,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     depth_cli.add_model_options(command.add_argument_group("depth model, for want of --depth"))
 
-    any_to_bokeh_cli.add_options(command)
+    renderers_cli.add_options(command)
 
     group = command.add_argument_group("better edges and hidden parts")
     group.add_argument(
@@ -168,6 +171,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--fps", type=_rate, metavar="N", help="frames per second of a video made from a folder, e.g. 24 or 30000/1001 (default: 24)"
     )
+    group.add_argument(
+        "--anew", action="store_true", help="clips: throw away what a stopped run has kept for OUT, instead of going on from there"
+    )
     group.add_argument("--quality", default="fast", metavar="NAME", help="fast (default), or reference: aperture rays, slow")
     group.add_argument("--rays", type=int, default=1024, metavar="N", help="quality reference: rays per pixel (default: 1024)")
     group.add_argument("--overlay", metavar="FILE", help="also write a picture that shows what is in focus (of the first frame)")
@@ -206,6 +212,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seeds", type=_list_of(int, 0), metavar="N,N", help="seeds of the scenes made here (default: 1,2; --full: 1 to 8)")
     add("--full", action="store_true", help="scenes made here of full size, 1024 rays, k 8 to 64, more of wrong depth: about an hour")
     add("--speed", action="store_true", help="also time and memory at 512, 1024 and 2048 px")
+
+    train_cli.add_commands(commands)
+    batch_cli.add_commands(commands)
     return parser
 
 
@@ -301,8 +310,8 @@ def _render(args: argparse.Namespace) -> None:
     _check_options(args)
     from . import media
     from .render import QUALITIES
-    from .video.clips import open_clip, write_clip
-    from .video.streaming import MatteClip, PlateClip, render_frames
+    from .video.clips import open_clip
+    from .video.streaming import MatteClip, PlateClip
 
     if args.quality not in QUALITIES:
         raise BokehError(f"The quality '{args.quality}' is unknown; use one of {', '.join(QUALITIES)}.")
@@ -311,8 +320,9 @@ def _render(args: argparse.Namespace) -> None:
     clip = open_clip(args.image)
     to_video = _check_kind(output, clip, args)
     linear = args.linear or clip.linear
+    files = renderers_cli.find_files(args)
 
-    with _depth_of(args, clip, output) as depth:
+    with _kept(args, clip, output, files) as kept, _depth_of(args, clip, output, files, kept) as depth:
         matte = plate = None
         if args.matte:
             with bar(len(clip), "reading matte") as progress:
@@ -328,49 +338,114 @@ def _render(args: argparse.Namespace) -> None:
 
         if args.overlay:
             _write_overlay(args.overlay, clip, depth, focus, k, lens, linear)
-        with bar(len(clip), "rendering") as progress:
-            if args.renderer == any_to_bokeh_cli.NAME:
-                frames, written = any_to_bokeh_cli.render_frames(
-                    args, clip, depth, focus, k, lambda picture: _in_light(picture, linear, False), output, progress
-                )
-            else:
-                frames, written = (
-                    render_frames(
-                        clip,
-                        depth,
-                        focus,
-                        k,
-                        lens,
-                        linear=linear,
-                        quality=args.quality,
-                        rays=args.rays,
-                        matte=matte,
-                        plate=plate,
-                        snap_edges=args.snap_edges,
-                        progress=progress,
-                    ),
-                    None,
-                )
-            made_linear = linear and args.renderer == "physical"  # the network works on display-encoded pictures
-            exr_out = output.suffix.lower() == ".exr" if clip.is_picture else clip.linear
-            frames = (_in_light(frame, made_linear, (args.linear or exr_out) and not to_video) for frame in frames)
-            if clip.is_picture:
-                (picture,) = frames
+        made_linear = linear and args.renderer == renderers_cli.PHYSICAL  # the networks work on display-encoded pictures
+        exr_out = output.suffix.lower() == ".exr" if clip.is_picture else clip.linear
+        wanted = (args.linear or exr_out) and not to_video
+        for finished in _rendered(args, files, clip, depth, focus, k, lens, matte, plate, linear, kept):
+            pictures = [_in_light(picture, made_linear, wanted) for picture in finished.pictures]
+            if kept is None:
+                (picture,) = pictures
                 if picture.alpha is not None and output.suffix.lower() in (".jpg", ".jpeg"):
                     say("JPEG holds no transparency; the alpha channel was left out.")
                 media.write_picture(output, picture, args.bits)
-            else:
-                with write_clip(output, clip, rate=args.fps, bits=args.bits) as write:
-                    for picture in frames:
-                        write(picture)
-            if written:
-                written()
+                continue
+            kept.add(pictures)
+            if finished.resumable:
+                kept.mark(finished.carry)
+        if kept is not None:
+            kept.finish(args.fps)
     print(output)
 
 
+def _rendered(args, files, clip, depth, focus, k, lens, matte, plate, linear, kept):
+    """The frames that are not finished yet, some at a time: resume.Finished."""
+    from .video.resume import Finished
+    from .video.stabilisation import find_shots
+    from .video.streaming import render_frames
+
+    frames = len(clip)
+    start, carry = (kept.done, kept.carry) if kept is not None else (0, None)
+    if start == frames:
+        return
+    physical = args.renderer == renderers_cli.PHYSICAL
+    display = (_in_light(picture, linear, False) for picture in clip)
+    shots = [0]
+    if frames > 1 and (physical or (args.cuts_found and args.fidelity != renderers_cli.PUBLISHED)):
+        with bar(frames, "finding cuts") as progress:
+            shots = find_shots(_watched((picture.pixels for picture in display), frames, progress))
+    with bar(frames, "rendering") as progress:
+        if not physical:
+            in_light = partial(_in_light, linear=linear, wanted=False)
+            yield from renderers_cli.render_frames(
+                args, files, clip, depth, focus, k, in_light=in_light, shots=shots, start=start, carry=carry, progress=progress
+            )
+            return
+        chunks = render_frames(
+            clip,
+            depth,
+            focus,
+            k,
+            lens,
+            linear=linear,
+            quality=args.quality,
+            rays=args.rays,
+            matte=matte,
+            plate=plate,
+            snap_edges=args.snap_edges,
+            shots=shots,
+            start=start,
+            progress=progress,
+        )
+        yield from map(Finished, chunks)
+
+
+def _watched(items, total: int, progress):
+    for done, item in enumerate(items, start=1):
+        yield item
+        progress(done, total)
+
+
 @contextmanager
-def _depth_of(args: argparse.Namespace, clip, output: Path):
-    """Yield the DepthClip of `clip`: the depth file, or maps by an installed depth model."""
+def _kept(args: argparse.Namespace, clip, output: Path, files: dict[str, Path]):
+    """Yield the PartialClip that an interrupted run of the same command has left, or a new one; None for a single picture.
+
+    `files` gets the depth model's, if one is needed, so that another model is not taken for the same.
+    """
+    if not args.depth:
+        files["depth_model"] = depth_cli.chosen_model(clip, args, metric=_needs_metres(args))
+    if clip.is_picture:
+        yield None
+        return
+    from .video.resume import PartialClip, discard, fingerprint
+
+    if args.anew:
+        discard(output)
+    read = ("image", "depth", "focus_mask", "matte", "clean_plate", "aperture_picture")
+    unlike = ("command", "run", "output", "overlay", "fps", "models", "anew", *read)
+    settings = {_flag(name): value for name, value in vars(args).items() if name not in unlike}
+    settings |= {"IMAGE" if name == "image" else _flag(name): fingerprint(path) for name in read if (path := getattr(args, name))}
+    settings |= {f"file of {name}": fingerprint(path) for name, path in files.items()}
+    kept = PartialClip(output, clip, {"version": __version__, **settings}, bits=args.bits)
+    if kept.done:
+        say(f"going on after {kept.done} of {len(clip)} frames, kept in {kept.folder}.")
+    try:
+        kept.begin()
+        yield kept
+    except BaseException:
+        if kept.holds_work:
+            say(f"{kept.done} of {len(clip)} frames are finished and kept in {kept.folder}; the same command goes on from there.")
+        else:
+            kept.remove()
+        raise
+
+
+def _needs_metres(args: argparse.Namespace) -> bool:
+    return bool(args.exif or args.f_number is not None or args.focus_distance is not None)
+
+
+@contextmanager
+def _depth_of(args: argparse.Namespace, clip, output: Path, files: dict[str, Path], kept):
+    """Yield the DepthClip of `clip`: the depth file, or maps by an installed depth model, kept with the frames of a clip."""
     from .video.streaming import DepthClip
 
     def opened(source, unit):
@@ -380,13 +455,13 @@ def _depth_of(args: argparse.Namespace, clip, output: Path):
     if args.depth:
         yield opened(args.depth, args.depth_unit)
         return
-    metric = bool(args.exif or args.f_number is not None or args.focus_distance is not None)
-    with depth_cli.estimated(clip, args, metric=metric, beside=output) as maps:
+    place = kept.depth_file if kept is not None else None
+    with depth_cli.estimated(clip, args, metric=_needs_metres(args), beside=output, path=files["depth_model"], kept=place) as maps:
         yield opened(maps, "metres" if maps.metric else "relative")
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    any_to_bokeh_cli.check(args)
+    renderers_cli.check(args)
     chosen = {name: getattr(args, name) for name in ("focus", "focus_mask", "focus_disparity", "focus_track")}
     focus = next((_flag(name) for name, value in chosen.items() if value is not None), None)
     amount = "--strength" if args.strength is not None else "--k" if args.k is not None else "--exif" if args.exif else None
@@ -401,7 +476,7 @@ def _check_options(args: argparse.Namespace) -> None:
         raise BokehError(f"--focus-distance is {args.focus_distance:g} m; expected more than 0.")
     if args.depth is None and (args.depth_unit != "relative" or args.depth_far_is_bright):
         raise BokehError("--depth-unit and --depth-far-is-bright say what the numbers of --depth are; give it, or leave them out.")
-    of_depth_model = ("model", "resolution") if args.renderer != "physical" else ("model", "models", "resolution", "device")
+    of_depth_model = ("model", "resolution") + (("models", "device") if args.renderer == renderers_cli.PHYSICAL else ())
     model = next((name for name in of_depth_model if getattr(args, name)), None)
     if args.depth is not None and model:
         raise BokehError(f"--depth and {_flag(model)} do not go together: a depth model estimates depth where no file gives it.")
@@ -453,6 +528,8 @@ def _check_kind(output: Path, clip, args: argparse.Namespace) -> bool:
             frame_names(clip)
     if args.fps is not None and not (to_video and clip.rate is None):
         raise BokehError("--fps is for a video made from a folder of frames; a video keeps its own rate, so leave --fps out.")
+    if args.upscale is not None and args.upscale != 1 and not clip.is_picture:
+        raise BokehError("--upscale is for single pictures; a clip keeps its size, so leave it out.")
     if args.linear and clip.rate is not None:
         raise BokehError("--linear is for pictures; a video file is never linear light, so leave it out.")
     return to_video

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -100,17 +101,26 @@ class EstimatedDepth:
 
 
 @contextlib.contextmanager
-def estimated(clip, args: argparse.Namespace, *, metric: bool = False, beside: Path):
+def estimated(clip, args: argparse.Namespace, *, metric: bool = False, beside: Path, path: Path | None = None, kept: Path | None = None):
     """Yield the EstimatedDepth of an open clip. Its file lies on the disk of `beside` and goes away by itself.
 
     metric  the maps must be in metres
+    path    of the model; None = what `args` says, or the best one installed
+    kept    where the maps lie instead, for a later run to find them finished; the caller removes them
     """
     resolution = _resolution(args)
-    path = find_model(args.model, args.models, metric=metric, video=not clip.is_picture and not getattr(args, "per_image", False))
+    path = path or chosen_model(clip, args, metric=metric)
     import numpy as np
     import torch
 
+    shape = (len(clip), *clip.size)
+    facts = kept and kept.with_suffix(".json")
+    if facts and facts.exists():
+        found = json.loads(facts.read_text(encoding="utf-8"))
+        yield EstimatedDepth(clip.path, torch.from_numpy(np.memmap(kept, np.float32, "r+", shape=shape)), **found)
+        return
     from .depth import clip as clips
+    from .media import atomic
 
     device = _device(args.device)
     known = _entry_of(path)
@@ -118,12 +128,13 @@ def estimated(clip, args: argparse.Namespace, *, metric: bool = False, beside: P
     if not args.model:
         say(f"depth by {model.info.title}, {path}{f'; licence: {known.licence}' if known else ''}.")
     frames = clips.PHOTOS if getattr(args, "per_image", False) else clips.WITH_CUTS if getattr(args, "cuts", False) else clips.ONE_CLIP
-    shape = (len(clip), *clip.size)
     folder = next(one for one in beside.resolve().parents if one.is_dir())
     need, free = 4 * shape[0] * shape[1] * shape[2], shutil.disk_usage(folder).free
     if need > free:
         raise BokehError(f"{folder} has {free / 1e9:.1f} GB free and the depth of this clip needs {need / 1e9:.1f} GB for a while.")
-    with tempfile.TemporaryFile(dir=folder, prefix=".bokeh-") as file, bar(shape[0], "estimating depth") as progress:
+    with contextlib.ExitStack() as stack:
+        file = kept or stack.enter_context(tempfile.TemporaryFile(dir=folder, prefix=".bokeh-"))
+        progress = stack.enter_context(bar(shape[0], "estimating depth"))
         raw = torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
         try:
             starts = clips.estimate_clip(
@@ -138,7 +149,17 @@ def estimated(clip, args: argparse.Namespace, *, metric: bool = False, beside: P
             )
         except torch.OutOfMemoryError as error:
             raise BokehError("The device ran out of memory; use a smaller --resolution or model, or --device cpu.") from error
-        yield EstimatedDepth(clip.path, raw, starts, model.info.metric)
+        found = {"starts": starts, "metric": model.info.metric}
+        del model  # what is rendered next needs the room
+        if facts:
+            with atomic(facts) as temporary:
+                temporary.write_text(json.dumps(found), encoding="utf-8")
+        yield EstimatedDepth(clip.path, raw, **found)
+
+
+def chosen_model(clip, args: argparse.Namespace, *, metric: bool) -> Path:
+    """The file of the depth model for this clip. Raises BokehError that says how to get one."""
+    return find_model(args.model, args.models, metric=metric, video=not clip.is_picture and not getattr(args, "per_image", False))
 
 
 class _Display:
@@ -219,7 +240,9 @@ def _device(name: str | None):
 
     accelerator = getattr(torch, "accelerator", None)  # torch below 2.6 has none; name the device there
     try:
-        device = torch.device(name or (accelerator and accelerator.current_accelerator()) or "cpu")
+        # A torch built for CUDA names it as its accelerator on machines without a graphics card too.
+        found = accelerator.current_accelerator() if accelerator and accelerator.is_available() else None
+        device = torch.device(name or found or "cpu")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise BokehError(f"--device {name}: this machine has no such device; use cpu.") from error

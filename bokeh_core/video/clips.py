@@ -261,7 +261,9 @@ class _Encoder:
         self._source_sound = None
         # A time base finer than the rate keeps the times of videos with a changing rate.
         self._time_base = Fraction(1, 90000) if isinstance(source, VideoFile) else 1 / rate
-        self._video = self._container.add_stream("libx264", rate=rate, options={"crf": "16", "preset": "medium"})
+        # With its macroblock tree x264 reads memory it has not written, on some widths, and the same frames give another file each time.
+        options = {"crf": "16", "preset": "medium", "x264-params": "mbtree=0"}
+        self._video = self._container.add_stream("libx264", rate=rate, options=options)
         context = self._video.codec_context
         context.width, context.height, context.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         context.time_base = self._time_base

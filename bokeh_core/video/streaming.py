@@ -221,6 +221,34 @@ class PlateClip:
             yield from itertools.repeat(pixels, self.frames) if self.source.is_picture else (pixels,)
 
 
+def shot_thresholds(
+    depth: DepthClip, k: torch.Tensor, matte: MatteClip | None = None, shots: list[int] | None = None, progress: Progress = None
+) -> list[list[float]]:
+    """Layer thresholds of each shot, measured on up to 8 frames of it with its largest k.
+
+    k         [frames] blur radius per unit of disparity
+    shots     numbers of the frames at which shots begin; None = one shot
+    progress  called as progress(done, total) while the maps of a clip of several shots are read once more
+    """
+    starts = sorted({0, *(shots or ())})
+    if len(starts) == 1:  # DepthClip and MatteClip have kept the very frames
+        return [shot_cuts(depth.samples, float(k.abs().max()), None if matte is None else matte.samples)]
+    ends, found, chosen, maps, mattes = [*starts[1:], len(depth)], [], set(), [], []
+    for index, (disparity, cover) in enumerate(zip(depth, itertools.repeat(None) if matte is None else matte, strict=False)):
+        start, end = starts[len(found)], ends[len(found)]
+        if index == start:
+            chosen = {start + n for n in _sampled(end - start)}
+        if index in chosen:
+            maps.append(disparity)
+            mattes.append(cover)
+        if index + 1 == end:
+            found.append(shot_cuts(torch.stack(maps), float(k[start:end].abs().max()), None if matte is None else torch.stack(mattes)))
+            maps, mattes = [], []
+        if progress:
+            progress(index + 1, len(depth))
+    return found
+
+
 def render_frames(
     clip: Frames | VideoFile,
     depth: DepthClip,
@@ -234,37 +262,43 @@ def render_frames(
     matte: MatteClip | None = None,
     plate: PlateClip | None = None,
     snap_edges: bool = False,
+    shots: list[int] | None = None,
+    start: int = 0,
     progress: Progress = None,
-) -> Iterator[Picture]:
-    """The frames of `clip` with depth of field, in order; only one chunk is in memory at a time.
+) -> Iterator[list[Picture]]:
+    """The frames of `clip` with depth of field, in order, a chunk at a time; only one chunk is in memory.
 
     focus, k   [frames] one focus disparity and one blur radius per unit of disparity for each frame
     linear     the clip's pixels are linear light; the result is in the same light
     matte, plate  see MatteClip, PlateClip; made for this clip
     quality, rays, snap_edges  see render
+    shots      numbers of the frames at which shots begin, each with layers of its own; None = one shot
+    start      frames that an earlier run has already made, the end of one of its chunks: go on from there
     progress   called as progress(frames done, frames)
     """
-    cuts = shot_cuts(depth.samples, float(k.abs().max()), None if matte is None else matte.samples)
+    starts = sorted({0, *(shots or ())})
+    cuts = shot_thresholds(depth, k, matte, shots)
     beside = (itertools.repeat(None, len(clip)) if one is None else one for one in (matte, plate))
-    done = 0
-    for chunk in chunks(zip(clip, depth, *beside, strict=True), chunk_length(*clip.size)):
-        here = slice(done, done + len(chunk))
-        pictures, disparities, mattes, plates = zip(*chunk, strict=True)
-        for number, picture in enumerate(pictures, start=done):
-            if tuple(picture.pixels.shape[1:]) != clip.size:
-                raise BokehError(f"{clip.path}: frame {number} has another size than the first; expected one size for the clip.")
-        result = render(
-            torch.stack([picture.pixels for picture in pictures]),
-            Defocus(torch.stack(disparities), focus[here], k[here], lens, depth.metric),
-            linear=linear,
-            quality=quality,
-            rays=rays,
-            matte=None if matte is None else torch.stack(mattes),
-            clean_plate=None if plate is None else torch.stack(plates),
-            snap_edges=snap_edges,
-            cuts=cuts,
-            progress=(lambda n, _, before=done: progress(before + n, len(clip))) if progress else None,
-        )
-        for picture, pixels in zip(pictures, result, strict=True):
-            yield replace(picture, pixels=pixels)
-        done += len(chunk)
+    frames = itertools.islice(zip(clip, depth, *beside, strict=True), start, None)
+    done, length = start, chunk_length(*clip.size)
+    for shot, (first, end) in enumerate(itertools.pairwise((*starts, len(clip)))):
+        for chunk in chunks(itertools.islice(frames, max(0, end - max(first, start))), length):
+            here = slice(done, done + len(chunk))
+            pictures, disparities, mattes, plates = zip(*chunk, strict=True)
+            for number, picture in enumerate(pictures, start=done):
+                if tuple(picture.pixels.shape[1:]) != clip.size:
+                    raise BokehError(f"{clip.path}: frame {number} has another size than the first; expected one size for the clip.")
+            result = render(
+                torch.stack([picture.pixels for picture in pictures]),
+                Defocus(torch.stack(disparities), focus[here], k[here], lens, depth.metric),
+                linear=linear,
+                quality=quality,
+                rays=rays,
+                matte=None if matte is None else torch.stack(mattes),
+                clean_plate=None if plate is None else torch.stack(plates),
+                snap_edges=snap_edges,
+                cuts=cuts[shot],
+                progress=(lambda n, _, before=done: progress(before + n, len(clip))) if progress else None,
+            )
+            yield [replace(picture, pixels=pixels) for picture, pixels in zip(pictures, result, strict=True)]
+            done += len(chunk)

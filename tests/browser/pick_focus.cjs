@@ -10,14 +10,20 @@ const args = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable
 
 async function load(page, name) {
   const workflow = JSON.parse(fs.readFileSync(path.join(folder, name + ".json"), "utf8"))
-  await page.evaluate(async (workflow) => {
-    await app.loadGraphData(workflow)
+  await page.evaluate((workflow) => app.loadGraphData(workflow), workflow)
+  await page.waitForTimeout(800) // some front ends fit the graph to the screen a moment later
+  await show(page, "BokehDefocus")
+}
+
+// Brings a node to the top left, clear of the bars at the edges, at its full size.
+async function show(page, type) {
+  await page.evaluate((type) => {
+    const node = app.graph._nodes.find((node) => node.type === type)
     app.canvas.ds.scale = 1
-    const node = app.graph._nodes.find((node) => /^Bokeh(Defocus|FocusTrack)$/.test(node.type) && node.widgets.some((w) => /^(focus_picker|track)$/.test(w.name)))
-    app.canvas.ds.offset = [60 - node.pos[0], 60 - node.pos[1]]
+    app.canvas.ds.offset = [140 - node.pos[0], 160 - node.pos[1]]
     app.canvas.setDirty(true, true)
-  }, workflow)
-  await page.waitForTimeout(1200)
+  }, type)
+  await page.waitForTimeout(800)
 }
 
 async function run(page) {
@@ -134,10 +140,8 @@ async function main() {
       const node = app.graph._nodes.find((n) => n.type === "BokehFocusTrack")
       const widget = node.widgets.find((w) => w.name === "keyframes")
       widget.value = "0: 0.2\n10: 0.8 ease\n20: (0.5, 0.5)"
-      app.canvas.ds.offset = [60 - node.pos[0], 60 - node.pos[1]]
-      app.canvas.setDirty(true, true)
     })
-    await page.waitForTimeout(800)
+    await show(page, "BokehFocusTrack")
     const box = await page.evaluate(() => {
       const { left, top, width, height } = document.querySelector("canvas.bokeh-track").getBoundingClientRect()
       return { left, top, width, height }

@@ -67,26 +67,26 @@ def test_frames_are_the_library_s(here, release):
     assert bokeh() == 0
     assert (written() - by_the_library(release)).abs().max() < 0.5 / 255 + 1e-4
     assert [file.name for file in sorted((here / "out").iterdir())][:2] == ["frame_0.png", "frame_1.png"]
-    assert not (here / "out.partial").exists()
+    assert not (here / ".out.partial").exists()
 
 
 def test_a_video_keeps_its_frames_and_size(here):
     assert bokeh("--fps", 12, output="out.mp4") == 0
     video = open_clip("out.mp4")
-    assert len(video) == COUNT and video.size == (HEIGHT, WIDTH) and video.rate == 12 and not (here / "out.mp4.partial").exists()
+    assert len(video) == COUNT and video.size == (HEIGHT, WIDTH) and video.rate == 12 and not (here / ".out.mp4.partial").exists()
 
 
 def stop_after_the_first_pair(monkeypatch):
     mark = resume.PartialClip.mark
 
-    def stopping(self, done, carry):
-        mark(self, done, carry)
+    def stopping(self, carry=None):
+        mark(self, carry)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(resume.PartialClip, "mark", stopping)
 
 
-@pytest.mark.parametrize("words", [[], ["--as-published", "--seed", "3"]])
+@pytest.mark.parametrize("words", [[], ["--fidelity", "as-published", "--seed", "3"]])
 def test_a_stopped_run_goes_on(here, monkeypatch, capsys, words):
     if words:
         monkeypatch.setattr(sampler.preparation, "PUBLISHED_SIZE", (64, 64))  # the published one takes minutes
@@ -94,42 +94,42 @@ def test_a_stopped_run_goes_on(here, monkeypatch, capsys, words):
     with monkeypatch.context() as patch:
         stop_after_the_first_pair(patch)
         assert bokeh(*words) == 130
-    assert "finished frames are kept in out.partial" in capsys.readouterr().err and not (here / "out").exists()
-    state = json.loads((here / "out.partial" / "run.json").read_text())
-    assert state["done"] == 8 and len(list((here / "out.partial").glob("*.png"))) == 8
+    assert f"8 of 13 frames are finished and kept in {here / '.out.partial'}" in capsys.readouterr().err and not (here / "out").exists()
+    state = json.loads((here / ".out.partial" / ".run.json").read_text())
+    assert state["done"] == 8 and len(list((here / ".out.partial").glob("*.png"))) == 8
 
     encoded = []
     encode = sampler.AnyToBokeh.encode
     monkeypatch.setattr(sampler.AnyToBokeh, "encode", lambda self, *given: encoded.append(1) or encode(self, *given))
     assert bokeh(*words) == 0
-    assert "going on after 8 finished frames" in capsys.readouterr().err
+    assert "going on after 8 of 13 frames" in capsys.readouterr().err
     assert len(encoded) == COUNT - 8 + bool(words)  # as published one grey frame more
-    assert torch.equal(written(), written("whole")) and not (here / "out.partial").exists()
+    assert torch.equal(written(), written("whole")) and not (here / ".out.partial").exists()
 
 
 def test_a_run_stopped_while_writing_keeps_its_frames(here, monkeypatch):
-    def stop(path):
+    def stop(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(clips, "_atomic_folder", stop)
-        assert bokeh() == 130
-    assert len(list((here / "out.partial").glob("*.png"))) == COUNT
+        patch.setattr(clips._Encoder, "write", stop)
+        assert bokeh(output="out.mp4") == 130
+    assert len(list((here / ".out.mp4.partial").glob("*.png"))) == COUNT
     monkeypatch.setattr(sampler.AnyToBokeh, "encode", None)  # nothing is left to compute
-    assert bokeh() == 0 and written().shape == (COUNT, 3, HEIGHT, WIDTH)
+    assert bokeh(output="out.mp4") == 0 and len(open_clip("out.mp4")) == COUNT and not (here / ".out.mp4.partial").exists()
 
 
 def test_other_settings_do_not_mix(here, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_after_the_first_pair(patch)
         assert bokeh() == 130
-    assert bokeh("--as-published") == 2
-    assert "8 finished frames of a run with other settings (as published)" in capsys.readouterr().err
+    assert bokeh("--fidelity", "as-published") == 2
+    assert "8 finished frames of a stopped run with other settings (--fidelity)" in capsys.readouterr().err
     picture = read_picture("clip/frame_3.png")
     write_picture("clip/frame_3.png", Picture(1 - picture.pixels), 8)
-    assert bokeh() == 2 and "other settings (clip)" in capsys.readouterr().err
-    assert json.loads((here / "out.partial" / "run.json").read_text())["done"] == 8
-    (here / "out.partial" / "run.json").write_text("{")
+    assert bokeh() == 2 and "other settings (IMAGE)" in capsys.readouterr().err
+    assert json.loads((here / ".out.partial" / ".run.json").read_text())["done"] == 8
+    (here / ".out.partial" / ".run.json").write_text("{")
     assert bokeh() == 2 and "not what a stopped run leaves behind" in capsys.readouterr().err
 
 
@@ -138,7 +138,7 @@ def test_other_settings_do_not_mix(here, monkeypatch, capsys):
     [
         (["--matte", "clip"], "--matte is for the physical renderer"),
         (["--blades", "5"], "--blades is for the physical renderer"),
-        (["--renderer", "physical"], "--renderer-model is for --renderer any-to-bokeh"),
+        (["--renderer", "physical"], "--renderer-model is for --renderer bokehdiff or magicbokeh or any-to-bokeh"),
         (["--renderer-model", "nowhere"], "no such folder"),
         (["--renderer-model", "depth"], "unet/config.json"),
         (["--renderer-resolution", "10"], "expected 64 to 4096"),

@@ -233,13 +233,14 @@ def test_k_from_exif(nodes, scene, tmp_path, monkeypatch):
 
 def test_blocks_that_were_replaced_are_noticed(nodes):
     """A model whose blocks never run their layers, as engines and fused kernels leave it."""
+    import importlib
     import sys
     from types import SimpleNamespace
 
     from ..stand_ins import kontext_stack as stand_ins
     from .test_kontext_stack import BLOCKS, WIDTH, FluxLike
 
-    flux = sys.modules[nodes["BokehStackAdapter"].__module__.replace(".stack", ".flux")]
+    flux = importlib.import_module(nodes["BokehStackAdapter"].__module__.replace(".stack", ".flux"))
     core = sys.modules[flux.build_corrections.__module__]
     adapter = core.build_adapter(stand_ins.adapter(WIDTH, BLOCKS), "file")
     attached = flux.Attached(adapter, core.build_corrections(adapter), [10.0])

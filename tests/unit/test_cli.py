@@ -352,7 +352,8 @@ def test_focus_pull_and_masks(clip):
 
 
 @pytest.mark.parametrize("output", ["out.mp4", "out", "out.png"])
-def test_interrupt_leaves_nothing(clip, monkeypatch, capsys, output):
+def test_an_interrupted_run_leaves_nothing_half_written(clip, monkeypatch, capsys, output):
+    """Of a clip the finished frames are kept under a hidden name, and said to be; test_cli_resume.py goes on with them."""
     calls = []
 
     def interrupted(image, *rest, **more):
@@ -368,7 +369,13 @@ def test_interrupt_leaves_nothing(clip, monkeypatch, capsys, output):
     before = sorted(os.listdir())
     image, map_ = ("photo.png", "depth.png") if output == "out.png" else ("frames", "disparity")
     assert bokeh("render", image, "--depth", map_, "-o", output) == 130
-    assert sorted(os.listdir()) == before and "Traceback" not in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and err.endswith("bokeh: interrupted; no half-written file is left.\n")
+    kept = [] if output == "out.png" else [f".{output}.partial"]
+    assert sorted(os.listdir()) == sorted([*before, *kept])
+    assert not kept or f"note: 1 of 3 frames are finished and kept in {clip / kept[0]}" in err
+    if kept:
+        assert len([name for name in os.listdir(kept[0]) if not name.startswith(".")]) == 1
 
 
 # Matte, clean plate and looks

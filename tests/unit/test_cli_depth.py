@@ -264,7 +264,7 @@ def test_an_interruption_leaves_nothing(here, capsys, monkeypatch):
     before = files_of(here)
     monkeypatch.setattr("bokeh_core.depth.clip.estimate_clip", stop)
     depth("clip", "-o", "depth", expected=130)
-    assert files_of(here) == before and "no partial file" in capsys.readouterr().err
+    assert files_of(here) == before and "no half-written file" in capsys.readouterr().err
 
 
 # bokeh models, with depth models

@@ -70,7 +70,7 @@ class TextEncoders(torch.nn.Module):
             )
         except (OSError, ValueError, KeyError) as error:
             raise BokehError(f"The text encoders in {folder} cannot be loaded ({error}); download {MODEL} again.") from error
-        self.eval().requires_grad_(False)
+        self.train(False).requires_grad_(False)
 
     def tokenise(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
         """([77] of CLIP, [512] of T5) int64, padded to these lengths; what is longer is cut."""
