@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from ..errors import BokehError
+from ..filters import box_max, box_min
 from ..optics.defocus import Defocus
 from ..optics.lens import Aperture
 from .aperture import colour_groups, kernel, magnify
@@ -13,7 +13,7 @@ from .layering import build_scene, harden_edges, regrow, snap_to_colors, thresho
 from .light import recover_highlights, to_display, to_linear
 from .rays import trace
 from .scatter import reached, scatter, scatter_moments
-from .scene import Scene
+from .scene import Layer, Scene
 
 QUALITIES = ("fast", "reference")
 
@@ -57,17 +57,20 @@ def composite(scene: Scene, k: float, focus: float, report: Report | None = None
 
 def _composite(scene: Scene, channels: slice, k: float, focus: float, axial: float, aperture: Aperture, report: Report) -> torch.Tensor:
     """The channels [C, H, W] of `composite` whose radii are 1 + axial times larger in front of focus, 1 - axial times behind."""
-    radii = [k * (layer.disparity - focus) for layer in scene.layers]
-    radii = [s * (1 + axial * s.sign()) for s in radii]
-    wanted = _correlated(scene, radii)
+
+    def defocus(layer: Layer) -> torch.Tensor:
+        signed = (layer.disparity - focus).mul_(k)
+        return signed.mul_(1 + axial * signed.sign()) if axial else signed
+
+    wanted = _correlated(scene, defocus)
     spread = sum(kernel(aperture).variance) / 2  # E[a_x^2] over the aperture
     out = sharp = moments = None  # mean over the aperture, the picture in focus, and E[(v - out) a] of what lies behind the next layer
-    for n, (layer, signed) in enumerate(zip(scene.layers, radii, strict=True)):
+    for n, layer in enumerate(scene.layers):
 
         def check(n: int = n) -> None:
             report(n / len(scene.layers))
 
-        color, alpha = layer.color[channels], layer.alpha[None]
+        signed, color, alpha = defocus(layer), layer.color[channels], layer.alpha[None]
         if n == 0:  # the farthest layer covers everything
             alpha = torch.ones_like(alpha)
         elif scene.estimated:
@@ -77,47 +80,55 @@ def _composite(scene: Scene, channels: slice, k: float, focus: float, axial: flo
             opaque = alpha + (1 - alpha) * doubt * (alpha >= 0.5)
             color = color + (opaque - alpha) / opaque.clamp_min(1e-3) * (sharp - color)
             alpha = opaque
+            del change, doubt, opaque
         color = color * alpha
-        sharp = color if n == 0 else color + (1 - alpha) * sharp
+        sharp = color if n == 0 else (1 - alpha).mul(sharp).add_(color)
 
         planes = torch.cat([color, alpha, torch.ones_like(alpha)]) if n else torch.cat([color, alpha])
         lit = alpha[0] > 0 if n else None
-        blurred = scatter(planes, signed, _slope(signed), check, aperture=aperture, lit=lit)
-        mass = blurred[-1:].clamp_min(1e-6)
-        mean = blurred[:-1] / mass
+        del color, alpha
+        mean = scatter(planes, signed, _slope(signed), check, aperture=aperture, lit=lit)
+        mass = mean[-1:].clamp_min(1e-6)
+        mean = mean[:-1].div_(mass)
+        last = n > 0 and n + 1 == len(scene.layers)  # nothing in front: only what it covers matters
         own = None
         if wanted[n] is not None:
-            last = n > 0 and n + 1 == len(scene.layers)  # nothing in front: only what it covers matters
-            own = scatter_moments(planes[-2:] if last else planes, signed, wanted[n], check, aperture=aperture)
-            own = (own[:, :-1] - (mean[-1:] if last else mean) * own[:, -1:]) / mass
+            planes = planes[-2:].clone() if last else planes
+            own = scatter_moments(planes, signed, wanted[n], check, aperture=aperture)
+            across = own[:, -1:].clone()
+            own = own[:, :-1].addcmul_(mean[-1:] if last else mean, across, value=-1).div_(mass)
+            del across
+        del planes, signed, lit, mass
         if n == 0:
             out, moments = mean, own
             continue
         light, cover = mean[:-1], mean[-1:]
         visible = out * (1 - cover)
-        behind = None if moments is None else moments * (1 - cover)
+        if own is not None and moments is not None:
+            # Where the aperture looks past the front layer it sees another part of what lies behind than on average.
+            visible -= (own[:, -1:] * moments).sum(0).div_(spread)
         if own is not None:
-            if moments is not None:
-                # Where the aperture looks past the front layer it sees another part of what lies behind than on average.
-                visible = visible - (own[:, -1:] * moments).sum(0) / spread
-            visible = visible.clamp_min(0)
-            if not last:
-                behind = (0 if behind is None else behind) - own[:, -1:] * out + own[:, :-1]
-        out, moments = visible + light, behind
+            visible.clamp_min_(0)
+        moments = None if moments is None or last else moments * (1 - cover)
+        if own is not None and not last:
+            moments = (0 if moments is None else moments) - own[:, -1:] * out + own[:, :-1]
+        out = visible.add_(light)
+        del mean, light, cover, visible, own  # pictures are large, and memory is what users run out of
     return out
 
 
-def _correlated(scene: Scene, radii: list[torch.Tensor]) -> list[torch.Tensor | None]:
+def _correlated(scene: Scene, defocus: Callable[[Layer], torch.Tensor]) -> list[torch.Tensor | None]:
     """For each layer the blocks where its own edge, or that of a layer in front of it, is blurred: where moments matter. None = nowhere."""
     wanted: list[torch.Tensor | None] = []
     blocks = None
     for n in range(len(scene.layers) - 1, -1, -1):
         if n > 0:
-            alpha = scene.layers[n].alpha[None]
-            edge = (F.max_pool2d(alpha, 3, 1, 1) - alpha > 0.01) | (F.max_pool2d(-alpha, 3, 1, 1) + alpha > 0.01)
-            edge = edge[0] & (radii[n].abs() > BLURRED)
+            alpha = scene.layers[n].alpha
+            edge = (box_max(alpha, 1) - alpha > 0.01) | (alpha - box_min(alpha, 1) > 0.01)
+            radius = defocus(scene.layers[n])
+            edge &= radius.abs() > BLURRED
             if bool(edge.any()):
-                here = reached(edge, radii[n])
+                here = reached(edge, radius)
                 blocks = here if blocks is None else blocks | here
         wanted.insert(0, blocks)
     return wanted
@@ -136,9 +147,12 @@ def shot_cuts(disparity: torch.Tensor, k: float, matte: torch.Tensor | None = No
     """
     if k == 0:
         return []
+    return _shot_cuts([harden_edges(d, k) for d in disparity], k, matte)
+
+
+def _shot_cuts(hardened: list[torch.Tensor], k: float, matte: torch.Tensor | None) -> list[float]:
     frames = []
-    for i, d in enumerate(disparity):
-        d = harden_edges(d, k)
+    for i, d in enumerate(hardened):
         if matte is not None:
             m = matte[i if len(matte) > 1 else 0]
             d = torch.where(m > 0.5, *regrow(d, m))
@@ -225,8 +239,14 @@ def render(
         sample = sorted({start + round(n * (end - start - 1) / 7) for n in range(8)})
         mattes = None if matte is None else torch.stack([cover(i) for i in sample])
         strongest = max(abs(v) for v in (k[start:end] if maps > 1 else k))
-        return shot_cuts(torch.stack([frame(defocus.disparity, i) for i in sample]), strongest, mattes)
+        if strongest == 0:
+            return []
+        depths = [harden_edges(frame(defocus.disparity, i), strongest) for i in sample]
+        if len(sample) == 1:
+            hardened[start] = depths[0]
+        return _shot_cuts(depths, strongest, mattes)
 
+    hardened: dict[int, torch.Tensor] = {}  # of a shot of one frame: needed again at once
     starts = sorted({0, *(shots or ())})
     ends = dict(zip(starts, [*starts[1:], frames], strict=True)) if cuts is None else {}
     if out is None:
@@ -254,18 +274,20 @@ def render(
                 )
             source = recover_highlights(picture, defocus.lens, k[j] * (disparity - focus[j]))
             plate = None if clean_plate is None else light(clean_plate, i, "Clean plate")
-            disparity = harden_edges(disparity, k[j])
+            disparity = hardened.pop(i) if i in hardened else harden_edges(disparity, k[j])
             if snap_edges and matte is None:
                 disparity = snap_to_colors(source, disparity, cuts, k[j])
             scene = build_scene(source, disparity, cuts, k[j], cover(i), plate, lambda: report(0.1))
+            del source, disparity, plate
             report(0.2)
             aperture = defocus.lens.aperture
             if quality == "reference":
                 result = trace(scene, k[j], focus[j], rays=rays, aperture=aperture, progress=lambda n, of: report(0.2 + 0.8 * n / of))
             else:
                 result = composite(scene, k[j], focus[j], lambda done: report(0.2 + 0.8 * done), aperture)
+            del scene
             # What no blur reaches is the input itself, not the input decoded and encoded again.
-            untouched = ((result - picture).abs() < UNTOUCHED).all(0)
+            untouched = ((result - picture).abs_() < UNTOUCHED).all(0)
             out[i] = torch.where(untouched, original, result if linear else to_display(result))
         if progress:
             progress(i + 1, frames)

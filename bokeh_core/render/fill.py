@@ -1,7 +1,6 @@
 """Plausible content for parts of a layer that nothing in the picture shows."""
 
 import torch
-import torch.nn.functional as F
 
 from .pyramid import down2, up2
 
@@ -22,16 +21,24 @@ def harmonic_fill(values: torch.Tensor, known: torch.Tensor, cycles: int = CYCLE
     if not bool((known > 0).any()) or bool((known >= 1).all()):
         return values.clone()
     weight = known[None].clamp(0, 1).to(values)
-    out = _start(values * weight, weight)
+    source = values * weight
+    out = _start(source, weight)
     for _ in range(cycles):
-        out = _cycle(out, values * weight, weight)
+        out = _cycle(out, source, weight)
     return out
 
 
 def _around(x: torch.Tensor) -> torch.Tensor:
     """Mean of the four neighbours; the border repeats."""
-    p = F.pad(x[None], (1, 1, 1, 1), mode="replicate")[0]
-    return (p[:, 1:-1, :-2] + p[:, 1:-1, 2:] + p[:, :-2, 1:-1] + p[:, 2:, 1:-1]) / 4
+    out = torch.empty_like(x)
+    out[:, :1], out[:, 1:] = x[:, :1], x[:, :-1]
+    out[:, -1] += x[:, -1]
+    out[:, :-1] += x[:, 1:]
+    out[..., 0] += x[..., 0]
+    out[..., 1:] += x[..., :-1]
+    out[..., -1] += x[..., -1]
+    out[..., :-1] += x[..., 1:]
+    return out.div_(4)
 
 
 def _start(weighted: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -42,10 +49,9 @@ def _start(weighted: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return mean
     coarse, coarse_weight = down2(weighted), down2(weight)
     gain = 1 / coarse_weight.clamp_min(1)  # one known pixel is enough for a coarse one
-    guess = up2(_start(coarse * gain, coarse_weight * gain), h, w)
-    out = torch.lerp(guess, mean, weight)
+    out = up2(_start(coarse * gain, coarse_weight * gain), h, w).lerp_(mean, weight)
     for _ in range(SWEEPS):
-        out = torch.lerp(_around(out), mean, weight)
+        out = _around(out).lerp_(mean, weight)
     return out
 
 
@@ -54,14 +60,15 @@ def _cycle(x: torch.Tensor, source: torch.Tensor, weight: torch.Tensor) -> torch
     _, h, w = weight.shape
     free = 1 - weight
     for _ in range(SWEEPS):
-        x = source + free * _around(x)
+        x = _around(x).mul_(free).add_(source)
     if min(h, w) > 4 and bool((free > 0.5).any()):
-        residual = source + free * _around(x) - x
+        residual = down2(_around(x).mul_(free).add_(source).sub_(x))
         # The grid is twice as wide, so the same bend weighs four times as much (and the sum over four pixels is four means).
         share = down2(torch.ones_like(weight))
         coarse_weight = (down2(weight) * 4 / share).clamp(max=1)
-        coarse = _cycle(torch.zeros_like(down2(x)), down2(residual) * 4 / share * (1 - coarse_weight), coarse_weight)
-        x = x + free * up2(coarse, h, w)
+        residual *= 4 / share * (1 - coarse_weight)
+        coarse = _cycle(torch.zeros_like(residual), residual, coarse_weight)
+        x = up2(coarse, h, w).mul_(free).add_(x)
     for _ in range(SWEEPS):
-        x = source + free * _around(x)
+        x = _around(x).mul_(free).add_(source)
     return x

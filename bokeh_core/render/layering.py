@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ..filters import box_mean
+from ..filters import box_max, box_mean, box_min
 from .fill import CYCLES, harmonic_fill
 from .scene import Layer, Scene
 
@@ -66,12 +66,6 @@ def thresholds(disparity: torch.Tensor, k: float, max_layers: int = MAX_LAYERS) 
     return [lo + cut * (hi - lo) / BINS for cut in sorted(cuts)]
 
 
-def _pool(x: torch.Tensor, radius: int) -> torch.Tensor:
-    """Maximum over a (2 radius + 1)^2 window of [1, 1, H, W]."""
-    x = F.max_pool2d(x, (2 * radius + 1, 1), 1, (radius, 0))
-    return F.max_pool2d(x, (1, 2 * radius + 1), 1, (0, radius))
-
-
 def harden_edges(disparity: torch.Tensor, k: float) -> torch.Tensor:
     """Give pixels on a soft depth edge the depth of one of its two sides.
 
@@ -84,21 +78,21 @@ def harden_edges(disparity: torch.Tensor, k: float) -> torch.Tensor:
     """
     if k == 0:
         return disparity
-    d = disparity[None, None]
     height, width = disparity.shape
-    padded = F.pad(d, (1, 1, 1, 1), mode="replicate")
-    steepest, level = torch.zeros_like(d), torch.zeros_like(d)
+    padded = F.pad(disparity[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
+    steepest, level = torch.zeros_like(disparity), torch.zeros_like(disparity, dtype=torch.uint8)
     for y in range(3):
         for x in range(3):
-            difference = (padded[..., y : y + height, x : x + width] - d).abs() * abs(k)
-            steepest = torch.maximum(steepest, difference)
+            difference = (padded[y : y + height, x : x + width] - disparity).abs_().mul_(abs(k))
+            torch.maximum(steepest, difference, out=steepest)
             level += difference < 0.25
-    steep = _pool((steepest > 0.75).to(d), 1) > 0
+    steep = box_max((steepest > 0.75).to(disparity), 1) > 0
+    ramp = steep & (level < 4)  # no plateau: that would be itself and three of its eight neighbours
+    if not bool(ramp.any()):
+        return disparity
     radius = math.ceil(width / 300)
-    high, low = _pool(d, radius), -_pool(-d, radius)
-    snapped = torch.where(d - low < high - d, low, high)
-    plateau = level >= 4  # itself and three of its eight neighbours
-    return torch.where(steep & ~plateau, snapped, d)[0, 0]
+    high, low = box_max(disparity, radius), box_min(disparity, radius)
+    return torch.where(ramp, torch.where(disparity - low < high - disparity, low, high), disparity)
 
 
 def _colours(x: torch.Tensor, weight: torch.Tensor, radius: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -128,10 +122,11 @@ def edge_alpha(color: torch.Tensor, near: torch.Tensor, jump: torch.Tensor) -> t
     x = color.clamp_min(0).sqrt()  # roughly perceptual: equal errors count equally in light and shade
 
     def side(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return harmonic_fill(x, weight, cycles=0), _colours(x, weight, 3)[1]
+        return harmonic_fill(x, weight, cycles=0)[:, jump], _colours(x, weight, 3)[1][jump]
 
     behind, behind_var = side((1 - soft) ** 4)
     front, front_var = side(soft**4)
+    out, mask, near, x = mask, mask[jump], near[jump], x[:, jump]  # nothing else is asked for
     line = front - behind
     along, length = ((x - behind) * line).sum(0), (line * line).sum(0)
     noise = PRIOR + CONTRAST * torch.where(near, front_var, behind_var)
@@ -139,8 +134,8 @@ def edge_alpha(color: torch.Tensor, near: torch.Tensor, jump: torch.Tensor) -> t
     noise = noise + RESIDUAL * (x - behind - alpha * line).square().sum(0)  # colours off the line between F and B explain nothing
     alpha = (along + noise * mask) / (length + noise)
     alpha = torch.where(near, alpha.clamp(0.5, 1), alpha.clamp(0, 0.5))
-    alpha = torch.where(alpha > 1 - CERTAIN, 1.0, torch.where(alpha < CERTAIN, 0.0, alpha))
-    return torch.where(jump, alpha, mask)
+    out[jump] = torch.where(alpha > 1 - CERTAIN, 1.0, torch.where(alpha < CERTAIN, 0.0, alpha))
+    return out
 
 
 # Noise model of edge_alpha, in the square-root domain (developed on our own synthetic scenes).
@@ -166,7 +161,7 @@ def snap_to_colors(color: torch.Tensor, disparity: torch.Tensor, cuts: list[floa
     reach = math.ceil(color.shape[-1] / 256)
     for cut in cuts:
         near = disparity > cut
-        band = _pool((_jump(disparity, k) & _beside(near)).to(color)[None, None], reach)[0, 0] > 0
+        band = box_max((_jump(disparity, k) & _beside(near)).to(color), reach) > 0
         fits, grown, known = [], [], band
         for side in (near & ~band, ~near & ~band):
             weight = side.to(color)
@@ -196,13 +191,12 @@ def regrow(disparity: torch.Tensor, matte: torch.Tensor) -> tuple[torch.Tensor, 
     """
     width = disparity.shape[-1]
     band = max(BAND, math.ceil(BAND * width / 1024))
-    m = matte[None, None]
     grown = []
-    for inside in (m, 1 - m):
+    for inside in (matte, 1 - matte):
         reach = band
-        while not bool((core := _pool((inside < 1 - PURE).to(m), reach)[0, 0] == 0).any()) and reach > 1:
+        while not bool((core := box_max((inside < 1 - PURE).to(matte), reach) == 0).any()) and reach > 1:
             reach //= 2  # thin subjects have no middle that far from their edge
-        core = core if bool(core.any()) else inside[0, 0] > 0.5
+        core = core if bool(core.any()) else inside > 0.5
         grown.append(harmonic_fill(disparity[None], core.to(disparity))[0])
     subject, around = grown
     own = (disparity - subject).abs() <= (disparity - around).abs()
@@ -210,19 +204,21 @@ def regrow(disparity: torch.Tensor, matte: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _label(disparity: torch.Tensor, cuts: list[float]) -> torch.Tensor:
-    return sum((disparity > cut).long() for cut in cuts) + torch.zeros_like(disparity, dtype=torch.long)
+    label = torch.zeros_like(disparity, dtype=torch.uint8)
+    for cut in cuts:
+        label += disparity > cut
+    return label
 
 
 def _jump(disparity: torch.Tensor, k: float) -> torch.Tensor:
     """[H, W] bool: pixels with a depth jump to one of their neighbours."""
-    padded = F.pad(disparity[None, None], (1, 1, 1, 1), mode="replicate")
-    return (F.max_pool2d(padded, 3, 1) + F.max_pool2d(-padded, 3, 1))[0, 0] * abs(k) > JUMP
+    return (box_max(disparity, 1) - box_min(disparity, 1)) * abs(k) > JUMP
 
 
 def _beside(mask: torch.Tensor) -> torch.Tensor:
     """[H, W] bool: pixels next to a border of the mask, on both sides."""
-    m = mask[None, None].float()
-    return (F.max_pool2d(m, 3, 1, 1) + F.max_pool2d(1 - m, 3, 1, 1))[0, 0] > 1
+    m = mask.float()
+    return box_max(m, 1) > box_min(m, 1)
 
 
 def build_scene(
@@ -265,7 +261,7 @@ def build_scene(
         cover = edge_alpha(color, near, jump & _beside(near))
         if matte is not None:
             known = matte * (subject > cuts[index - 1]) + (1 - matte) * (around > cuts[index - 1])
-            cover = torch.where(_pool(((matte > 0) & (matte < 1)).to(matte)[None, None], 1)[0, 0] > 0, known, cover)
+            cover = torch.where(box_max(((matte > 0) & (matte < 1)).to(matte), 1) > 0, known, cover)
         covered.append(cover)
     covered.append(torch.zeros_like(disparity))
 
@@ -277,14 +273,14 @@ def build_scene(
         own = label == index
         mine, nearer = covered[n], torch.minimum(covered[n + 1], covered[n])
         visible = nearer < PURE
-        front = ((color - (1 - mine) * behind) / mine.clamp_min(1e-3)).clamp_min(0) if n else color
+        front = ((1 - mine) * behind).neg_().add_(color).div_(mine.clamp_min(1e-3)).clamp_min_(0) if n else color
         pure = own & visible & (mine > 1 - PURE)
         pure = pure if bool(pure.any()) else own
         hides = n + 1 < len(present)  # nothing hides the nearest layer: what lies beyond its edge is never seen
         full = harmonic_fill(torch.cat([front, disparity[None]]), pure.to(color), CYCLES if hides else 0)
         hidden = full[:3] if plate is None else torch.where(uncovered == index, plate, full[:3])
-        shown = torch.where(visible & (mine > 0), front, hidden)
-        depth = torch.where(own, disparity, full[3])
+        shown, depth = torch.where(visible & (mine > 0), front, hidden), torch.where(own, disparity, full[3])
+        full = hidden = front = None  # freed: there are as many again in the next fill
         if n == 0:
             alpha = torch.ones_like(disparity)
         else:

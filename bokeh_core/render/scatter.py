@@ -12,10 +12,14 @@ the radius itself changes from pixel to pixel. A cat's eye multiplies w by the s
 `scatter_dense` is that sum, written plainly: the judge. `scatter` is what users run: the same sum turned round (each pixel collects from
 the offsets that can reach its tile), with the kernel's symmetry halving the additions and a resolution pyramid above the kernel's r0.
 It has no atomics and no running sums, so it is deterministic on every device and keeps full float32 precision next to bright lights.
+On a GPU with Triton `scatter_triton` does a level in one kernel; the torch form runs everywhere else.
 """
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -68,10 +72,12 @@ def _index(shape: Kernel, radius: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return index.int(), at - index
 
 
-def _weights(row: torch.Tensor, index: torch.Tensor, fraction: torch.Tensor, out: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
-    """The table's row [n] read between its entries; all others flat and of one length. Fills and returns `out`."""
+def _weights(
+    row: torch.Tensor, following: torch.Tensor, index: torch.Tensor, fraction: torch.Tensor, out: torch.Tensor, spare: torch.Tensor
+) -> torch.Tensor:
+    """The table's row [n] read between its entries and the `following` ones; all others flat and of one length. Returns `out`."""
     torch.index_select(row, 0, index, out=out)
-    torch.index_select(row[1:], 0, index, out=spare)
+    torch.index_select(following, 0, index, out=spare)
     return out.lerp_(spare, fraction)
 
 
@@ -100,8 +106,8 @@ def scatter(
 
     Returns [C, H, W] float32. What leaves the frame, or is stopped by a cat's eye, is lost.
     """
-    shift = barrel_shift(aperture, *radius.shape) if aperture is not None else 0.0
-    return _pyramid(values, radius, slope, kernel(aperture), shift, None if lit is None else reached(lit, radius), BLOCK, False, check)
+    shape, shift = _shape(aperture, radius)
+    return _pyramid(values, radius, slope, shape, shift, None if lit is None else reached(lit, radius), BLOCK, False, check)
 
 
 def scatter_moments(
@@ -121,9 +127,16 @@ def scatter_moments(
 
     Returns [2, C, H, W]: x and y.
     """
-    shift = barrel_shift(aperture, *radius.shape) if aperture is not None else 0.0
-    out = _pyramid(values, radius, None, kernel(aperture), shift, blocks, BLOCK, True, check)
+    shape, shift = _shape(aperture, radius)
+    out = _pyramid(values, radius, None, shape, shift, blocks, BLOCK, True, check)
     return out.view(2, *values.shape)
+
+
+def _shape(aperture: Aperture | None, radius: torch.Tensor) -> tuple[Kernel, float]:
+    """The kernel, with its table where the radii [H, W] are, and the cat's eye's shift per px."""
+    shape = kernel(aperture)
+    shift = barrel_shift(aperture, *radius.shape) if aperture is not None else 0.0
+    return replace(shape, table=shape.table.to(radius.device)), shift
 
 
 def reached(lit: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
@@ -173,62 +186,126 @@ def _pyramid(values, radius, slope, shape: Kernel, shift: float, reached, block:
 
 def _scatter_level(values, radius, slope, near, shape: Kernel, shift: float, reached, block: float, moments: bool, check) -> torch.Tensor:
     """The scatter sum of the pixels `near` (None = all), whose radii are up to r0, tile by tile."""
+    fused = None if shift else _fused(values.device)
+    if fused is not None:
+        if check is not None:
+            check()
+        return _fused_level(fused, values, radius, slope, near, shape, reached, block, moments)
     _, h, w = values.shape
     pad = shape.r0 + 1
     out = values.new_empty(2 * len(values), h, w) if moments else torch.empty_like(values)
-    rows, cols = (64, 256) if values.device.type == "cpu" else (2048, 2048)
-    for y in range(0, h, rows):
-        for x in range(0, w, cols):
-            if check is not None:
-                check()
-            th, tw = min(rows, h - y), min(cols, w - x)
-            tile = (slice(y, y + th), slice(x, x + tw))
-            here = out[:, tile[0], tile[1]]
-            if reached is not None:
-                first, last = (int(y / block), int(x / block)), (math.ceil((y + th) / block), math.ceil((x + tw) / block))
-                if not bool(reached[first[0] : last[0], first[1] : last[1]].any()):
-                    here.zero_()
-                    continue
+    rows, cols = (128, 256) if values.device.type == "cpu" else (2048, 2048)
 
-            def window(plane: torch.Tensor, margin: int) -> torch.Tensor:
-                """A copy of the tile and its surroundings, 0 beyond the frame and for pixels that are not near."""
-                top, bottom, left, right = y - margin, y + th + margin, x - margin, x + tw + margin  # noqa: B023
-                part = (..., slice(max(top, 0), bottom), slice(max(left, 0), right))
-                part = plane[part] if near is None else plane[part] * near[part[1:]]
-                return F.pad(part, (max(-left, 0), max(right - w, 0), max(-top, 0), max(bottom - h, 0)))
+    def collect(y: int, x: int) -> None:
+        """The tile with its first pixel at (y, x)."""
+        th, tw = min(rows, h - y), min(cols, w - x)
+        here = out[:, y : y + th, x : x + tw]
+        if reached is not None:
+            first, last = (int(y / block), int(x / block)), (math.ceil((y + th) / block), math.ceil((x + tw) / block))
+            if not bool(reached[first[0] : last[0], first[1] : last[1]].any()):
+                here.zero_()
+                return
 
-            # The tile's reach: the largest disk that can touch it.
-            largest = float(window(radius, pad).abs().max())
-            if largest < SHARP:
-                here[:] = 0 if moments else window(values, 0)
-                continue
-            reach = math.ceil(largest) + 1
-            signed = window(radius, reach)
-            tilt = None
-            if slope is not None and not moments:
-                tilt = _tilt(window(slope, reach), signed)
-                if float(tilt.abs().max()) * (reach - 1) < FLAT:
-                    tilt = None
-            boxes = _boxes(*_index(shape, signed), signed, reach)
-            source = window(values, reach)
-            if moments:
-                source *= signed / (signed.square() + 2 / 3)  # 1 / s, damped as in _tilt
-            here.zero_()
-            if shape.even and not shift:
-                _collect_even(here, source, boxes, tilt, shape, reach, moments)
-            else:
-                barrel = _Barrel(signed, shift, (y - reach - (h - 1) / 2, x - reach - (w - 1) / 2)) if shift else None
-                _collect(here, source, boxes, tilt, barrel, shape, reach, moments)
+        def window(plane: torch.Tensor, margin: int) -> torch.Tensor:
+            """A copy of the tile and its surroundings, 0 beyond the frame and for pixels that are not near."""
+            top, bottom, left, right = y - margin, y + th + margin, x - margin, x + tw + margin
+            part = (..., slice(max(top, 0), bottom), slice(max(left, 0), right))
+            part = plane[part] if near is None else plane[part] * near[part[1:]]
+            return F.pad(part, (max(-left, 0), max(right - w, 0), max(-top, 0), max(bottom - h, 0)))
+
+        # The tile's reach: the largest disk that can touch it.
+        largest = float(window(radius, pad).abs().max())
+        if largest < SHARP:
+            here[:] = 0 if moments else window(values, 0)
+            return
+        reach = math.ceil(largest) + 1
+        signed = window(radius, reach)
+        tilt = None
+        if slope is not None and not moments:
+            tilt = _tilt(window(slope, reach), signed)
+            if float(tilt.abs().max()) * (reach - 1) < FLAT:
+                tilt = None
+        boxes = _boxes(*_index(shape, signed), signed, reach)
+        source = window(values, reach)
+        if moments:
+            source *= signed / (signed.square() + 2 / 3)  # 1 / s, damped as in _tilt
+        here.zero_()
+        if shape.even and not shift:
+            _collect_even(here, source, boxes, tilt, shape, reach, moments)
+        else:
+            barrel = _Barrel(signed, shift, (y - reach - (h - 1) / 2, x - reach - (w - 1) / 2)) if shift else None
+            _collect(here, source, boxes, tilt, barrel, shape, reach, moments)
+
+    _each(collect, [(y, x) for y in range(0, h, rows) for x in range(0, w, cols)], values.device, check)
     return out
 
 
+def _fused_level(fused, values, radius, slope, near, shape: Kernel, reached, block: float, moments: bool) -> torch.Tensor:
+    """`_scatter_level` by a kernel of the GPU's own: `fused` is scatter_triton.level."""
+    if near is not None:
+        values, radius = values * near, radius * near
+    signed = torch.where(radius.abs() < SHARP, 0, radius)
+    tilt = None if slope is None or moments else _tilt(slope if near is None else slope * near, signed)
+    if moments:
+        values = values * (signed / (signed.square() + 2 / 3))
+    index, fraction = _index(shape, signed)
+    return fused(values.contiguous(), index, fraction, signed, tilt, shape, reached, block, moments)
+
+
+@lru_cache(maxsize=8)
+def _fused(device: torch.device) -> Callable | None:
+    """Triton's form of a level, where it runs and gives what the torch form gives; else None, and the torch form is used."""
+    if device.type != "cuda":
+        return None
+    values = torch.arange(2 * 40 * 40, dtype=torch.float32, device=device).remainder(7).view(2, 40, 40)
+    radius = torch.linspace(-9, 12, 40 * 40, device=device).view(40, 40)
+    shape, _ = _shape(None, radius)
+    try:
+        from .scatter_triton import level
+
+        found = _fused_level(level, values, radius, None, None, shape, None, BLOCK, False)
+    except Exception:  # no Triton, no C compiler, a GPU it does not know: whatever it is, there is another way
+        return None
+    expected = scatter_dense(values.cpu(), radius.cpu())
+    return level if bool((found.cpu() - expected).abs().max() < 1e-5 * expected.max()) else None
+
+
+def _each(work: Callable, tiles: list[tuple], device: torch.device, check: Callable[[], None] | None) -> None:
+    """work(*tile) for every tile; tiles write to different places.
+
+    A tile's operations are too small to be shared between threads, so on a CPU threads take whole tiles. `check` stays in this thread.
+    """
+    threads = min(torch.get_num_threads(), len(tiles)) if device.type == "cpu" else 1
+    if threads == 1:
+        for tile in tiles:
+            if check is not None:
+                check()
+            work(*tile)
+        return
+    before, inference, grad = torch.get_num_threads(), torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    def run(tile: tuple) -> None:
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):  # modes belong to threads
+            work(*tile)
+
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for done in [pool.submit(run, tile) for tile in tiles]:
+            if check is not None:
+                check()
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # what threads that begin later start with
+
+
 def _boxes(index: torch.Tensor, fraction: torch.Tensor, radius: torch.Tensor, reach: int) -> list[tuple | None]:
-    """For n = 0, 1, ...: rows from and to, columns from and to of the pixels with radius above n px, and what `_index` says there.
+    """For n = 0, 1, ...: rows from and to, columns from and to of the pixels with radius above n px, and what `_index` says there, flat.
 
     None where there are none; n = 0 is the whole window.
     """
-    boxes: list[tuple | None] = [(0, index.shape[0], 0, index.shape[1], index, fraction)]
-    lines = [radius.abs().amax(1), radius.abs().amax(0)]
+    boxes: list[tuple | None] = [(0, index.shape[0], 0, index.shape[1], index.view(-1), fraction.view(-1))]
+    lines = [radius.abs().amax(dim).cpu() for dim in (1, 0)]
     for n in range(1, reach):
         spans = [(line > n).nonzero().flatten().tolist() for line in lines]
         if not spans[0]:
@@ -236,7 +313,7 @@ def _boxes(index: torch.Tensor, fraction: torch.Tensor, radius: torch.Tensor, re
             continue
         (top, bottom), (left, right) = ((s[0], s[-1] + 1) for s in spans)
         part = (slice(top, bottom), slice(left, right))
-        boxes.append((top, bottom, left, right, index[part].contiguous(), fraction[part].contiguous()))
+        boxes.append((top, bottom, left, right, index[part].reshape(-1), fraction[part].reshape(-1)))
     return boxes
 
 
@@ -256,46 +333,67 @@ def _collect_even(
     _, h, w = out.shape
     c, sh, sw = source.shape
     tilted = tilt is not None
-    source_x, source_y = (source * tilt[0], source * tilt[1]) if tilted else (None, None)
-    even, odd = source.new_empty(c, h, sw), source.new_empty(c, h, sw) if tilted or moments else None
-    product = torch.empty(c * sh * sw, dtype=source.dtype, device=source.device)
+    # Sums even in dx, and behind them those odd in dx; `factors` are what the weights are multiplied with on the way there.
+    sums = source.new_empty(2 * c if tilted or moments else c, h, sw)
+    factors = torch.cat([source, source * tilt[0]]) if tilted else source
+    sloping, source_y = factors[c:].clone() if tilted else None, source * tilt[1] if tilted else None
+    product = torch.empty(len(factors) * sh * sw, dtype=source.dtype, device=source.device)
     weight, spare = source.new_empty(sh * sw), source.new_empty(sh * sw)
+    # Columns of each box.
+    parts = [None if box is None else [t if t is None else t[..., box[2] : box[3]] for t in (factors, source_y, sums)] for box in boxes]
+    many = factors.shape[0]
+    table = shape.table[: reach + 1, : reach + 1]
     for a in range(reach + 1):
-        even.zero_()
-        if odd is not None:
-            odd.zero_()
-        for b in range(reach + 1):
+        sums.zero_()
+        if tilted:
+            torch.mul(sloping, a, out=factors[c:])
+        entries = zip(table[a].unbind(), table[a, :, 1:].unbind(), strict=True)
+        for b, (row, following) in enumerate(entries):
             closest = _offset(shape, a, b)
             if closest >= reach - 1:
                 break
-            box = boxes[int(closest)]
+            closest = int(closest)
+            box = boxes[closest]
             if box is None:
                 break
             top, bottom, left, right, index, fraction = box
             # Of these rows, the ones that some row of the tile asks for.
             y0, y1 = max(top, reach - b), min(bottom, reach + b + h)
-            if y0 >= y1:
+            rows, width = y1 - y0, right - left
+            if rows <= 0:
                 continue
-            rows, count = slice(y0 - top, y1 - top), (y1 - y0) * (right - left)
-            _weights(shape.row(a, b), index[rows].view(-1), fraction[rows].view(-1), weight[:count], spare[:count])
-            plane = weight[:count].view(y1 - y0, right - left)
-            place = product[: c * plane.numel()].view(c, *plane.shape)
-
-            def add(total: torch.Tensor, values: torch.Tensor, factor: int, signs: tuple[int, int]) -> None:
-                torch.mul(values[:, y0:y1, left:right], plane * factor if factor > 1 else plane, out=place)  # noqa: B023
-                for sign, b_signed in ((signs[0], b), (signs[1], -b)) if b else ((signs[0], 0),):  # noqa: B023
-                    shift = reach - b_signed  # a row of the tile and the row of the source it asks for
-                    lo, hi = max(y0, shift), min(y1, shift + h)  # noqa: B023
-                    if lo < hi:
-                        total[:, lo - shift : hi - shift, left:right].add_(place[:, lo - y0 : hi - y0], alpha=sign)  # noqa: B023
-
-            add(even, source, 1, (1, 1))
+            count = rows * width
+            plane = _weights(
+                row,
+                following,
+                index.narrow(0, (y0 - top) * width, count),
+                fraction.narrow(0, (y0 - top) * width, count),
+                weight.narrow(0, 0, count),
+                spare.narrow(0, 0, count),
+            ).view(rows, width)
+            values, values_y, total = parts[closest]
+            place = product.narrow(0, 0, many * count).view(many, rows, width)
+            torch.mul(values.narrow(1, y0, rows), plane, out=place)
+            # The mirror images in dy: rows of the tile, and the rows of `place` that they ask for.
+            images = []
+            for signed in (b, -b) if b else (0,):
+                lo, hi = max(y0, reach - signed), min(y1, reach - signed + h)
+                if lo < hi:
+                    images.append((signed, total.narrow(1, lo - reach + signed, hi - lo), lo - y0, hi - lo))
+            for signed, there, first, lines in images:
+                add = place.narrow(1, first, lines)
+                if not moments:
+                    there += add
+                    continue
+                there[:c] += add
+                if b:
+                    there[c:].add_(add, alpha=-signed)
             if tilted and b:
-                add(even, source_y, b, (1, -1))
-            if tilted and a:
-                add(odd, source_x, a, (1, 1))
-            if moments and b:
-                add(odd, source, b, (-1, 1))
+                place = place.narrow(0, 0, c)
+                torch.mul(values_y.narrow(1, y0, rows), plane, out=place)
+                for signed, there, first, lines in images:
+                    there.narrow(0, 0, c).add_(place.narrow(1, first, lines), alpha=signed)
+        even, odd = sums[:c], sums[c:]
         onward, backward = slice(reach - a, reach - a + w), slice(reach + a, reach + a + w)
         if moments:
             across, along = out[:c], out[c:]
@@ -361,8 +459,9 @@ def _collect(
             x0, x1 = max(left, cols), min(right, cols + w)
             if y0 >= y1 or x0 >= x1:
                 continue
-            part, count = slice(y0 - top, y1 - top), (y1 - y0) * (right - left)
-            _weights(shape.row(dx, dy), index[part].view(-1), fraction[part].view(-1), weight[:count], spare[:count])
+            part, count = slice((y0 - top) * (right - left), (y1 - top) * (right - left)), (y1 - y0) * (right - left)
+            row = shape.row(dx, dy)
+            _weights(row, row[1:], index[part], fraction[part], weight[:count], spare[:count])
             plane = weight[:count].view(y1 - y0, right - left)[:, x0 - left : x1 - left]
             part = (slice(y0, y1), slice(x0, x1))
             if tilt is not None:

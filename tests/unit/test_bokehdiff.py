@@ -371,13 +371,14 @@ def test_nodes_load_and_render(nodes, files, tmp_path, loads, bar):
     load, blur = nodes["BokehLoadBokehDiff"], nodes["BokehDiffRender"]
     (model,) = load.execute("tiny_sdxl.safetensors", LORA_FILE, VAE_FILE).args
     (again,) = load.execute("tiny_sdxl", LORA_FILE, VAE_FILE).args
-    assert model.patcher is model.unet.patcher and model.get_models() == [model.unet.patcher, model.vae.patcher]
+    unet, vae = (model.networks[name].patcher for name in ("unet", "vae"))
+    assert model.patcher is unet and model.get_models() == [unet, vae]
     pixels, disparity = photo(70, 90, batch=2)
     image = torch.cat([pixels, disparity[:, None]], 1).movedim(1, -1)
     defocus = blurry(disparity)
     (result,) = blur.execute(image, model, defocus, "best").args
     assert result.shape == image.shape and torch.equal(result[..., 3], image[..., 3])
-    assert loads == [[model.vae.patcher], [model.unet.patcher], [model.vae.patcher]] and bar[-1][0] == bar[-1][1]
+    assert loads == [[vae], [unet], [vae]] and bar[-1][0] == bar[-1][1]
     assert torch.allclose(blur.execute(image, again, defocus, "best").args[0], result, atol=1e-4)
     with pytest.raises(Exception, match="2 frames and the defocus 3"):
         blur.execute(image, model, blurry(disparity[:1].repeat(3, 1, 1)), "best")

@@ -128,7 +128,7 @@ def test_deterministic_and_inputs_untouched(aperture):
 
 @pytest.mark.parametrize("r_max", [10.0, 60.0])
 def test_unlit_tiles_are_skipped_without_a_trace(r_max):
-    h, w = 300, 900
+    h, w = 400, 900
     radius, alpha = waves(h, w, r_max), torch.zeros(h, w)
     alpha[40:90, 30:80] = noise(50, 50)
     alpha[5, 120] = 1

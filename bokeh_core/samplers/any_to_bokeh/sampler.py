@@ -173,9 +173,11 @@ class AnyToBokeh:
         return self.encoder.network.first_residual(picture)[0].to(self.decoder.dtype)
 
     def activation_bytes(self, height: int, width: int) -> int:
-        """Memory to work in at this working size, beside the weights: the decoder with a whole window, which needs the most."""
-        window = 2 * segments.HALF * height * width
-        return window * 256 * self.decoder.dtype.itemsize * 4
+        """Bytes to work in at this working size, beside the weights: the decoder with a whole window, which needs the most, and what is
+        kept of the frames of three halves. In numbers per pixel and frame, counted; a test holds them to it.
+        """
+        decoding, kept = 2 * segments.HALF * 1350, 3 * segments.HALF * 65
+        return (decoding + kept) * height * width * self.decoder.dtype.itemsize
 
 
 def grey(last: Encoded, model: AnyToBokeh, fidelity: Fidelity) -> Encoded:

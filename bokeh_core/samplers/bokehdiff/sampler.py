@@ -24,9 +24,9 @@ TILE = 512  # px along the side of a tile, as trained
 SMALLEST_TILE = 128
 MULTIPLE = 32  # px: sides that the UNet halves twice without rounding
 TOGETHER = 8  # frames that go through a network before the next one is loaded
-# Working memory per pixel that is processed at once, generously; the VAE's is what ComfyUI itself reckons with for this VAE.
-UNET_BYTES = 6000
-VAE_VALUES = 2200
+# Working memory in numbers per pixel of a tile. The VAE's are what ComfyUI itself reckons with for this VAE, 2.8 times what its tensors
+# take; the UNet's is 1.4 times the most that was counted, PISA's pairs within reach (in float32) apart.
+ENCODING, DECODING, DENOISING, PAIRS = 1767, 2178, 100, 25
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,11 @@ def render(
     steps = _Steps(progress, 3 * len(blurred))
     tiles = {"unet": tile, "vae": tile}  # the sizes that fitted so far
 
-    def through(name, work, items):
-        """work(item, tile) for every item, through one network."""
-        area = min(2 * tile * tile, height * width) if name == "unet" else min(4 * tile * tile, height * width)
-        load([getattr(model, name)], int(area * (UNET_BYTES if name == "unet" else VAE_VALUES * model.vae.dtype.itemsize)))
+    def through(part, work, items):
+        """work(item, tile) for every item, through one part, see activation_bytes."""
+        name = part.partition(" ")[0]
+        network = getattr(model, name)
+        load([network], activation_bytes(part, height, width, network.dtype.itemsize, tile))
         for item in items:
 
             def attempt(size, item=item):
@@ -106,12 +107,25 @@ def render(
     for start in range(0, len(blurred), TOGETHER):
         frames = blurred[start : start + TOGETHER]
         conditions = [condition(image[i % len(image)][None], defocus.frame(i % len(defocus.focus)), fidelity, span) for i in frames]
-        latents = list(through("vae", lambda one, size: encode(model, one.pixels, 2 * size, steps.inside), conditions))
+        latents = list(through("vae encoder", lambda one, size: encode(model, one.pixels, 2 * size, steps.inside), conditions))
         latents = list(through("unet", blur, zip(latents, conditions, strict=True)))
-        pictures = through("vae", lambda z, size: decode(model, z, 2 * size, steps.inside), latents)
+        pictures = through("vae decoder", lambda z, size: decode(model, z, 2 * size, steps.inside), latents)
         for i, one, picture in zip(frames, conditions, pictures, strict=True):
             out[i] = finish(picture, one, fidelity)[0].to(out)
     return out
+
+
+def activation_bytes(part: str, height: int, width: int, itemsize: int, tile: int = TILE) -> int:
+    """Bytes that one of "vae encoder", "unet", "vae decoder" needs beside its weights for a picture of height x width px.
+
+    itemsize  of the dtype it computes in
+    tile      px, see render
+    """
+    height, width = (-(-side // MULTIPLE) * MULTIPLE for side in (height, width))
+    if part == "unet":
+        return min(2 * tile * tile, height * width) * (DENOISING * itemsize + PAIRS * 4)
+    area = min(4 * tile * tile, height * width)
+    return ((ENCODING if part == "vae encoder" else DECODING) * area + 8 * height * width) * itemsize  # and what tiles are put together to
 
 
 class _Steps:

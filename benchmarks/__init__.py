@@ -1,0 +1,1 @@
+"""Where the seconds and bytes go: `python -m benchmarks`."""
