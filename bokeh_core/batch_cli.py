@@ -113,6 +113,8 @@ def _farm(args: argparse.Namespace) -> None:
     from . import farm
 
     output, servers = Path(args.output), [server.rstrip("/") for server in args.server]
+    if foreign := [server for server in servers if not server.startswith(("http://", "https://"))]:
+        raise BokehError(f"--server {foreign[0]} is no address of a ComfyUI; expected one such as http://render1:8188.")
     jobs, skipped = {}, 0
     for path in map(Path, args.jobs):
         try:

@@ -182,9 +182,11 @@ def test_the_farm_gives_the_job_of_a_lost_server_to_another(tmp_path):
     assert {(tmp_path / name / f"{name}.png").read_text() for name in "ab"} == {good.url}
 
 
-def test_a_farm_without_servers_says_so(tmp_path):
+def test_a_farm_without_servers_says_so(tmp_path, capsys):
     server = Server(deadly=("a",))
     with pytest.raises(BokehError, match="No server answers"):
         farm.run(prompts("a", "b"), [server.url], tmp_path, lambda *_: None, every=0.02, comes_back=0.2)
     (tmp_path / "a.json").write_text(json.dumps(prompts("a")["a"]))
     assert main(["farm", str(tmp_path / "a.json"), "-o", str(tmp_path), "--server", "http://127.0.0.1:9"]) == 2
+    assert main(["farm", str(tmp_path / "a.json"), "-o", str(tmp_path), "--server", "file:///etc"]) == 2
+    assert "no address of a ComfyUI" in capsys.readouterr().err
