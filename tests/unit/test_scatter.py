@@ -156,3 +156,23 @@ def test_tiny_pictures(size):
     ones = scatter(torch.ones(1, *size), torch.full(size, 40.0))
     out = scatter(torch.full((1, *size), 0.3), torch.full(size, 40.0))
     assert torch.allclose(out / ones, torch.full_like(out, 0.3), atol=1e-6)
+
+
+@pytest.mark.parametrize("r_max", [9.0, 40.0])
+def test_threads_share_tiles_and_change_nothing(r_max):
+    def stop():
+        raise KeyboardInterrupt
+
+    before = torch.get_num_threads()
+    values, radius = noise(3, 150, 300), waves(150, 300, r_max)
+    try:
+        torch.set_num_threads(1)
+        alone = scatter(values, radius)
+        torch.set_num_threads(2)
+        with torch.inference_mode():
+            assert torch.equal(scatter(values, radius), alone)
+        with pytest.raises(KeyboardInterrupt):
+            scatter(values, radius, check=stop)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,43 @@
+"""The renderer keeps to the device of its picture: on a pretended one, where mixing devices fails as it does on a GPU."""
+
+import pytest
+import torch
+
+from bokeh_core.optics.defocus import Defocus
+from bokeh_core.optics.lens import Aperture, Lens
+from bokeh_core.render import render
+from tests.pretend_device import Elsewhere, PretendDevice
+
+LOOKS = {
+    "plain": Lens(),
+    "blades, cat's eye, colours": Lens(aperture=Aperture(blades=6, cats_eye=0.5, chromatic_lateral=0.5), highlights=3),
+}
+
+
+@pytest.mark.parametrize("quality", ["fast", "reference"])
+@pytest.mark.parametrize("lens", LOOKS.values(), ids=LOOKS)
+def test_no_step_mixes_devices(lens, quality):
+    generator = torch.Generator().manual_seed(0)
+    image, disparity = torch.rand(1, 3, 24, 32, generator=generator), torch.full((1, 24, 32), 0.2)
+    disparity[:, 6:18, 8:20] = 0.9
+    matte = (disparity > 0.5).float()
+    radius = torch.tensor([8.0 if lens.aperture.blades else 26.0])  # the pyramid too
+
+    def run(place):
+        given = Defocus(place(disparity), torch.tensor([0.2]), radius, lens, False)
+        return [
+            render(place(image), given, quality=quality, rays=4),
+            render(place(image), given, quality=quality, rays=4, matte=place(matte)),
+            render(place(image), given, quality=quality, rays=4, snap_edges=True),
+        ]
+
+    expected = run(lambda t: t)
+    with PretendDevice():
+        found = run(lambda t: Elsewhere(t.clone()))
+    for a, b in zip(found, expected, strict=True):
+        assert isinstance(a, Elsewhere) and torch.allclose(a.here, b, atol=1e-6)
+
+
+def test_the_pretended_device_notices_a_mixture():
+    with pytest.raises(RuntimeError, match="two devices"):
+        Elsewhere(torch.ones(3)) + torch.ones(3)
