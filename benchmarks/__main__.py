@@ -169,7 +169,9 @@ def main() -> int:
         "threads": torch.get_num_threads(),
         "device": args.device,
         "quick": args.quick,
-        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "command": " ".join(
+            ["python -m benchmarks", *(["--quick"] if args.quick else []), f"--only {','.join(names)} --rounds {args.rounds}"]
+        ),
         "load": [load, os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0],
         "seconds": time.perf_counter() - start,
         "parts": parts,
