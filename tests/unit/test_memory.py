@@ -21,7 +21,7 @@ from bokeh_core.depth.upsampling import guided_upsample
 from bokeh_core.optics.defocus import make_defocus
 from bokeh_core.optics.lens import Aperture, Lens
 from bokeh_core.optics.stack import BokehStack
-from bokeh_core.render import render
+from bokeh_core.render import aperture, render
 from bokeh_core.salient import ldf
 from bokeh_core.samplers.any_to_bokeh import checkpoint as any_to_bokeh_files
 from bokeh_core.samplers.any_to_bokeh import sampler as any_to_bokeh
@@ -266,6 +266,7 @@ def test_the_physical_renderer(nodes, width, lens, more, most):
     image, disparity = scene["image"][None], scene["disparity"][None]
     options = {"matte": (disparity > disparity.median()).float(), "clean_plate": image * 0.5}
     defocus = make_defocus(disparity, lens, width=width)
+    aperture._general.cache_clear()  # other tests may have made this aperture's table already, which takes most of the memory here
     with LiveBytes([image, disparity, *options.values()]) as live:
         render(image, defocus, **{name: options[name] for name in more})
     promised = sys.modules[nodes["BokehRender"].__module__].working_memory(width * 2 // 3, width)
