@@ -120,7 +120,11 @@ def train_alone(content: dict, out: Path, stall_after: int) -> None:
     """In a process of its own: a run that waits for its end once so many steps are done."""
     import time
 
+    import torch
+
     from bokeh_core.training import engine, settings
+
+    torch.set_num_threads(1)  # as in the tests: sums of other numbers of threads have other last digits
 
     def progress(done, total):
         if done == stall_after:
@@ -136,8 +140,11 @@ def train_among(rank: int, processes: int, port: int, contents: dict[str, dict],
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    import torch
+
     from bokeh_core.training import engine, settings
 
+    torch.set_num_threads(1)
     for name, content in contents.items():
         plan = settings.parse(content, outs[name])
         engine.fit(plan.build(), plan, outs[name])
