@@ -8,14 +8,14 @@ import resource
 import statistics
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from tests.live_bytes import LiveBytes
 
 
 @dataclass(frozen=True)
@@ -60,35 +60,25 @@ class Curve:
     rows: list[dict] = field(default_factory=list)
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(LiveBytes):
     """Counts what operations do on the way: bytes that are alive at most, bytes read and written, elements written by arithmetic."""
 
     VIEWS = ("view", "slice", "select", "expand", "transpose", "permute", "unsqueeze", "squeeze", "as_strided", "detach", "alias", "unbind")
 
     def __init__(self):
-        super().__init__()
-        self.now = self.peak = self.moved = self.elements = 0
-        self.sizes = {}
+        super().__init__(())
+        self.moved = self.elements = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        for t in given:
+            self.keep(t, 0)  # inputs and weights
+        result = super().__torch_dispatch__(function, types, args, kwargs)
         if function.overloadpacket.__name__.strip("_") not in self.VIEWS and "empty" not in function.__name__:
+            made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
             self.moved += sum(t.numel() * t.element_size() for t in (*made, *given))
             self.elements += sum(t.numel() for t in made if t.is_floating_point())
-        known = {t.untyped_storage()._cdata for t in given}
-        for t in made:
-            storage = t.untyped_storage()
-            if storage._cdata not in self.sizes and storage._cdata not in known:
-                self.sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._gone, storage._cdata)
         return result
-
-    def _gone(self, key):
-        self.now -= self.sizes.pop(key, 0)
 
 
 def wait(device: torch.device) -> None:

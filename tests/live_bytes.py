@@ -19,13 +19,18 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.sizes:
-                storage = tensor.untyped_storage()
-                self.sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.gone, storage._cdata)
+            if isinstance(tensor, torch.Tensor):
+                self.keep(tensor, tensor.untyped_storage().nbytes())
         return result
+
+    def keep(self, tensor, size):
+        """Count `size` bytes for a tensor's storage, unless it is counted already, until it is gone."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.gone, storage._cdata)
 
     def gone(self, key):
         self.now -= self.sizes.pop(key, 0)

@@ -9,7 +9,7 @@ import torch
 from bokeh_core.stack_files import load_stack
 from tests.stand_ins import kontext_stack as stand_ins
 
-from .comfy import ROOT, error_of, lens, node, shipped, shrunk, succeeded, use_stand_in_flux
+from .comfy import INPUT, ROOT, WORKFLOWS, error_of, lens, node, picture, shipped, shrunk, succeeded, use_stand_in_flux
 from .inside import inside
 
 GOLDENS = ROOT.parent / "shared" / "reference" / "bokehdepth_stage1" / "goldens"
@@ -362,6 +362,8 @@ def test_stack_of_photos(host, object_info):
     assert "2 blurred photos and 3 values of K" in error_of(host.run(prompt))
 
 
-def test_help_is_there(host, object_info):
+def test_help_and_examples_are_there(host, object_info):
+    assert {"bokeh_stack_kontext", "bokeh_stack_physical"} <= {path.stem for path in WORKFLOWS.glob("*.json")}
+    assert picture(INPUT / "bokeh_demo_photo.png").shape[1] == 3
     for name in [name for name in object_info if re.fullmatch(r"Bokeh\w*Stack\w*", name)]:
         assert host.fetch(f"/extensions/bokeh-nodes/docs/{name}.md").startswith(b"# ")
