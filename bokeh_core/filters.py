@@ -25,6 +25,25 @@ def box_min(x: torch.Tensor, radius: int) -> torch.Tensor:
     return box_max(x.neg(), radius).neg_()
 
 
+def by_rows(work: Callable[[torch.Tensor], torch.Tensor], plane: torch.Tensor, margin: int) -> torch.Tensor:
+    """work([h, W]) -> [h, W] of a plane [H, W], some rows at a time, so that what it needs on the way does not grow with the plane.
+
+    The same digits as work(plane), if no pixel depends on rows farther away than `margin`.
+    """
+    height, width = plane.shape
+    rows = max(1, ROWS_PIXELS // width)
+    if rows >= height:
+        return work(plane)
+    out = torch.empty_like(plane)
+    for top in range(0, height, rows):
+        first, last = max(0, top - margin), min(height, top + rows)
+        out[top:last] = work(plane[first : last + margin])[top - first : last - first]
+    return out
+
+
+ROWS_PIXELS = 1 << 21
+
+
 def _windows(x: torch.Tensor, size: int, dim: int, join: Callable) -> torch.Tensor:
     """`join` of `size` neighbours along an axis, which gets shorter by size - 1.
 

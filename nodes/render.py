@@ -10,9 +10,15 @@ from .schema import Defocus, choice, known, switch, whole
 QUALITIES = ("fast", "reference")
 
 
-def working_memory(height: int, width: int) -> int:
-    """Bytes that one frame needs, of any look: about 290 a pixel and 100 MB for shaped apertures were counted."""
-    return 450 * height * width + (128 << 20)
+def working_memory(height: int, width: int, defocus, matte: bool = False, snap_edges: bool = False) -> int:
+    """Bytes that one frame needs, of any look: about 290 a pixel and 100 MB for shaped apertures were counted.
+
+    Of pictures above 9 megapixels one window is worked on at a time, beside a few planes of the whole.
+    """
+    from ..bokeh_core.render import piece_pixels
+
+    piece = piece_pixels(height, width, defocus, matte=matte, snap_edges=snap_edges)
+    return 450 * piece + (24 * height * width if piece < height * width else 0) + (128 << 20)
 
 
 class BokehRender(io.ComfyNode):
@@ -103,7 +109,7 @@ class BokehRender(io.ComfyNode):
                     "at the same size. Scale or crop the plate."
                 )
             clean_plate = clean_plate[..., :3].movedim(-1, 1)
-        host.make_room(working_memory(height, width))
+        host.make_room(working_memory(height, width, defocus, matte is not None, snap_edges))
         result = image.new_empty((count, height, width, channels), device=host.output_device())
         result[..., 3:] = image[..., 3:]
         step = host.progress()

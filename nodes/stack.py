@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..bokeh_core.errors import BokehError
 from ..bokeh_core.optics.defocus import Defocus as CoreDefocus
 from ..bokeh_core.optics.lens import Lens as CoreLens
-from ..bokeh_core.optics.stack import BokehStack, thin_lens_k
+from ..bokeh_core.optics.stack import BokehStack, stack_radius, thin_lens_k
 from ..bokeh_core.samplers.kontext_stack import recipe
 from . import host, inputs
 from .render import working_memory
@@ -233,8 +233,10 @@ class BokehStackRendered(io.ComfyNode):
         if photo.shape[1:] != defocus.disparity.shape[1:]:
             (h, w), (height, width) = photo.shape[1:], defocus.disparity.shape[1:]
             raise BokehError(f"The image is {w}x{h} px and its defocus {width}x{height} px; connect the same photo to both nodes.")
-        host.make_room(working_memory(*photo.shape[1:]))
-        stack = render_stack(photo, defocus, k, per_dioptre=k_per == DIOPTRE, progress=host.progress(), device=host.compute_device())
+        per_dioptre = k_per == DIOPTRE
+        widest = replace(defocus, k=torch.full_like(defocus.k, stack_radius(max(k), defocus, per_dioptre=per_dioptre)))
+        host.make_room(working_memory(*photo.shape[1:], widest))
+        stack = render_stack(photo, defocus, k, per_dioptre=per_dioptre, progress=host.progress(), device=host.compute_device())
         return _result(stack, cls)
 
 

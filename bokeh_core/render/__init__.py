@@ -1,19 +1,22 @@
 """The physical renderer: no weights, any torch device, linear light."""
 
+import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import BokehError
-from ..filters import box_max, box_min
+from ..filters import ROWS_PIXELS, box_max, box_min
 from ..optics.defocus import Defocus
-from ..optics.lens import Aperture
+from ..optics.lens import Aperture, Lens
 from .aperture import colour_groups, kernel, magnify
-from .layering import build_scene, harden_edges, regrow, snap_to_colors, thresholds
+from .layering import SNAP_WINDOW, bands, believed_band, build_scene, harden_edges, regrow, snap_to_colors, thresholds
 from .light import recover_highlights, to_display, to_linear
 from .rays import trace
 from .scatter import reached, scatter, scatter_moments
-from .scene import Layer, Scene
+from .scene import Layer, Scene, View, whole
+from .windows import SETTLED, Overview, Rim, Window, margin, plan, step, thin
 
 QUALITIES = ("fast", "reference")
 
@@ -36,13 +39,17 @@ def _slope(signed: torch.Tensor) -> torch.Tensor:
     return torch.stack([along(1), along(0)]).clamp(-0.5, 0.5) * signed.sign()
 
 
-def composite(scene: Scene, k: float, focus: float, report: Report | None = None, aperture: Aperture | None = None) -> torch.Tensor:
+def composite(
+    scene: Scene, k: float, focus: float, report: Report | None = None, aperture: Aperture | None = None, view: View | None = None
+) -> torch.Tensor:
     """FAST: scatter each layer by its own defocus, then compose back to front with "over" (RENDERERS.md, section 1).
 
     Each layer is divided by the scatter of a plane of ones of the same layer, so uneven radii neither brighten nor darken it.
-    Colours that the aperture parts (chromatic_*) are rendered each with its own radii. Returns [3, H, W] linear light.
+    Colours that the aperture parts (chromatic_*) are rendered each with its own radii. `view` is the part of the frame that the scene is;
+    None = all of it. Returns [3, H, W] linear light.
     """
     aperture = aperture or Aperture()
+    axis = (view or whole(*scene.layers[0].alpha.shape)).axis
     groups = colour_groups(aperture)
     parts = []
     for n, (channels, axial, magnification) in enumerate(groups):
@@ -51,11 +58,13 @@ def composite(scene: Scene, k: float, focus: float, report: Report | None = None
             if report is not None:
                 report((n + done) / len(groups))
 
-        parts.append(magnify(_composite(scene, channels, k, focus, axial, aperture, share), magnification))
+        parts.append(magnify(_composite(scene, channels, k, focus, axial, aperture, share, view), magnification, axis))
     return torch.cat(parts)
 
 
-def _composite(scene: Scene, channels: slice, k: float, focus: float, axial: float, aperture: Aperture, report: Report) -> torch.Tensor:
+def _composite(
+    scene: Scene, channels: slice, k: float, focus: float, axial: float, aperture: Aperture, report: Report, view: View | None
+) -> torch.Tensor:
     """The channels [C, H, W] of `composite` whose radii are 1 + axial times larger in front of focus, 1 - axial times behind."""
 
     def defocus(layer: Layer) -> torch.Tensor:
@@ -87,14 +96,14 @@ def _composite(scene: Scene, channels: slice, k: float, focus: float, axial: flo
         planes = torch.cat([color, alpha, torch.ones_like(alpha)]) if n else torch.cat([color, alpha])
         lit = alpha[0] > 0 if n else None
         del color, alpha
-        mean = scatter(planes, signed, _slope(signed), check, aperture=aperture, lit=lit)
+        mean = scatter(planes, signed, _slope(signed), check, aperture=aperture, lit=lit, view=view)
         mass = mean[-1:].clamp_min(1e-6)
         mean = mean[:-1].div_(mass)
         last = n > 0 and n + 1 == len(scene.layers)  # nothing in front: only what it covers matters
         own = None
         if wanted[n] is not None:
             planes = planes[-2:].clone() if last else planes
-            own = scatter_moments(planes, signed, wanted[n], check, aperture=aperture)
+            own = scatter_moments(planes, signed, wanted[n], check, aperture=aperture, view=view)
             across = own[:, -1:].clone()
             own = own[:, :-1].addcmul_(mean[-1:] if last else mean, across, value=-1).div_(mass)
             del across
@@ -155,9 +164,34 @@ def _shot_cuts(hardened: list[torch.Tensor], k: float, matte: torch.Tensor | Non
     for i, d in enumerate(hardened):
         if matte is not None:
             m = matte[i if len(matte) > 1 else 0]
-            d = torch.where(m > 0.5, *regrow(d, m))
+            d = _regrown(d, m)
         frames.append(d)
     return thresholds(torch.stack(frames), k)
+
+
+def _regrown(disparity: torch.Tensor, matte: torch.Tensor) -> torch.Tensor:
+    """[H, W] disparity as `regrow` leaves it on either side of a matte, large pictures window by window."""
+    height, width = matte.shape
+    every = step(height, width)
+    if every == 1:
+        return torch.where(matte > 0.5, *regrow(disparity, matte))
+    reaches = bands(matte, believed_band(width))
+    overview = Overview(Scene(()), every, _grown_small(thin(disparity, every), thin(matte, every), reaches, every))
+    out = torch.empty_like(disparity)
+    for window in plan(height, width, 2 * believed_band(width) + SETTLED):
+        subject = window.of(matte)
+        grown = torch.where(subject > 0.5, *regrow(window.of(disparity), subject, reaches, Rim(overview, window, out.device)))
+        out[window.core] = grown[window.within]
+    return out
+
+
+def _grown_small(disparity: torch.Tensor, matte: torch.Tensor, reaches: tuple[int, int], every: int) -> torch.Tensor:
+    """[2, h, w] from `regrow` for the small copy; `reaches` are the picture's."""
+    return torch.stack(regrow(disparity, matte, _thinner(reaches, every)))
+
+
+def _thinner(reaches: tuple[int, int], every: int) -> tuple[int, int]:
+    return tuple(math.ceil(reach / every) for reach in reaches)
 
 
 def render(
@@ -215,21 +249,30 @@ def render(
     frames = max(pictures, maps)
     device = torch.device(device) if device is not None else image.device
     focus, k = ([float(v) for v in t] for t in (defocus.focus, defocus.k))
+    lens, aperture = defocus.lens, defocus.lens.aperture
+    every = step(height, width)  # above 1 the picture is rendered window by window, and a small copy of it is cut first
 
     def frame(batch: torch.Tensor, i: int) -> torch.Tensor:
-        return batch[i if len(batch) > 1 else 0].to(device, torch.float32)
+        return batch[i if len(batch) > 1 else 0]
 
-    def light(batch: torch.Tensor, i: int, name: str) -> torch.Tensor:
-        picture = frame(batch, i)
-        picture = picture if linear else to_linear(picture)
+    def here(picture: torch.Tensor) -> torch.Tensor:
+        return picture.to(device, torch.float32)
+
+    def light(picture: torch.Tensor, i: int, name: str) -> torch.Tensor:
+        """A picture, or a part of it, as linear light on the device."""
+        picture = here(picture) if linear else to_linear(here(picture))
         if not bool((picture.abs() <= BRIGHTEST).all()):
             raise BokehError(f"{name} {i} holds values that are not numbers (NaN, infinite) or no light. Repair it before rendering.")
         return picture
 
-    def cover(i: int) -> torch.Tensor | None:
-        if matte is None:
-            return None
-        one = frame(matte, i).clamp(0, 1)
+    def small_light(batch: torch.Tensor, i: int, name: str) -> torch.Tensor:
+        """The small copy of picture i as linear light; all of the picture is checked on the way."""
+        rows = every * max(1, ROWS_PIXELS // (every * width))
+        parts = [light(part, i, name) for part in frame(batch, i).split(rows, dim=1)]
+        return torch.cat([F.avg_pool2d(part, every) for part in parts if part.shape[1] >= every], 1)
+
+    def cover(picture: torch.Tensor, i: int) -> torch.Tensor:
+        one = here(picture).clamp(0, 1)
         if bool(one.isnan().any()):
             raise BokehError(f"Matte {i} holds values that are not numbers (NaN). Repair it before rendering.")
         return one
@@ -237,14 +280,61 @@ def render(
     def measured(start: int, end: int) -> list[float]:
         """Layer thresholds of the frames from start to before end."""
         sample = sorted({start + round(n * (end - start - 1) / 7) for n in range(8)})
-        mattes = None if matte is None else torch.stack([cover(i) for i in sample])
+        mattes = None if matte is None else torch.stack([cover(frame(matte, i), i) for i in sample])
         strongest = max(abs(v) for v in (k[start:end] if maps > 1 else k))
         if strongest == 0:
             return []
-        depths = [harden_edges(frame(defocus.disparity, i), strongest) for i in sample]
+        depths = [harden_edges(here(frame(defocus.disparity, i)), strongest) for i in sample]
         if len(sample) == 1:
             hardened[start] = depths[0]
         return _shot_cuts(depths, strongest, mattes)
+
+    def cut_small(i: int, strength: float, sharp: float, disparity: torch.Tensor) -> tuple[Overview, tuple[int, int] | None]:
+        """The small copy of frame i, cut into layers; and how far to look around a matte's edge, for `regrow`."""
+        radius = strength * (here(thin(frame(defocus.disparity, i), every)) - sharp)
+        source = recover_highlights(small_light(image, i, "Picture"), lens, radius)
+        plate = None if clean_plate is None else small_light(clean_plate, i, "Clean plate")
+        disparity = thin(disparity, every)
+        if matte is None:
+            if snap_edges:
+                disparity = snap_to_colors(source, disparity, cuts, strength / every)
+            return Overview(build_scene(source, disparity, cuts, strength / every, None, plate), every), None
+        subject = cover(frame(matte, i), i)
+        reaches = bands(subject, believed_band(width))
+        subject = thin(subject, every)
+        scene = build_scene(source, disparity, cuts, strength / every, subject, plate, reaches=_thinner(reaches, every))
+        return Overview(scene, every, _grown_small(disparity, subject, reaches, every)), reaches
+
+    def develop(
+        i: int, strength: float, sharp: float, hard: torch.Tensor, window: Window, small: tuple | None, report: Report
+    ) -> torch.Tensor:
+        """The core of a window of frame i, as the input is encoded."""
+        original = here(window.of(frame(image, i)))
+        picture = light(window.of(frame(image, i)), i, "Picture")
+        disparity = window.of(hard)
+        source = recover_highlights(picture, lens, strength * (here(window.of(frame(defocus.disparity, i))) - sharp))
+        subject = None if matte is None else cover(window.of(frame(matte, i)), i)
+        plate = None if clean_plate is None else light(window.of(frame(clean_plate, i)), i, "Clean plate")
+        if snap_edges and matte is None:
+            disparity = snap_to_colors(source, disparity, cuts, strength, width)
+        rim, reaches, view = None, None, None
+        if small is not None:
+            rim, reaches = Rim(small[0], window, device), small[1]
+            view = View(height, width, window.rows.start, window.columns.start, window.within)
+        scene = build_scene(source, disparity, cuts, strength, subject, plate, lambda: report(0.1), reaches, rim)
+        del source, disparity, plate, subject
+        report(0.2)
+        if quality == "reference":
+            result = trace(
+                scene, strength, sharp, rays=rays, aperture=aperture, progress=lambda n, of: report(0.2 + 0.8 * n / of), view=view
+            )
+        else:
+            result = composite(scene, strength, sharp, lambda done: report(0.2 + 0.8 * done), aperture, view)
+        del scene
+        original, picture, result = (part[(slice(None), *window.within)] for part in (original, picture, result))
+        # What no blur reaches is the input itself, not the input decoded and encoded again.
+        untouched = ((result - picture).abs_() < UNTOUCHED).all(0)
+        return torch.where(untouched, original, result if linear else to_display(result))
 
     hardened: dict[int, torch.Tensor] = {}  # of a shot of one frame: needed again at once
     starts = sorted({0, *(shots or ())})
@@ -256,39 +346,44 @@ def render(
             cuts = measured(i, ends[i])
         j = i if maps > 1 else 0
         if k[j] == 0:
-            out[i] = image[i if pictures > 1 else 0]
+            out[i] = frame(image, i)
         else:
-
-            def report(done: float, i: int = i) -> None:
-                if progress is not None:
-                    progress(i + done, frames)
-
-            report(0)
-            original = frame(image, i)
-            picture = light(image, i, "Picture")
-            disparity = frame(defocus.disparity, i)
-            widest = float((k[j] * (disparity - focus[j])).abs().max())
+            low, high = (float(v) for v in frame(defocus.disparity, i).aminmax())
+            widest = abs(k[j]) * max(abs(low - focus[j]), abs(high - focus[j]))
             if not widest <= WIDEST:
                 raise BokehError(
                     f"The blur radius comes to {widest:.3g} px; check the blur strength, and that depth in metres is in metres."
                 )
-            source = recover_highlights(picture, defocus.lens, k[j] * (disparity - focus[j]))
-            plate = None if clean_plate is None else light(clean_plate, i, "Clean plate")
-            disparity = hardened.pop(i) if i in hardened else harden_edges(disparity, k[j])
-            if snap_edges and matte is None:
-                disparity = snap_to_colors(source, disparity, cuts, k[j])
-            scene = build_scene(source, disparity, cuts, k[j], cover(i), plate, lambda: report(0.1))
-            del source, disparity, plate
-            report(0.2)
-            aperture = defocus.lens.aperture
-            if quality == "reference":
-                result = trace(scene, k[j], focus[j], rays=rays, aperture=aperture, progress=lambda n, of: report(0.2 + 0.8 * n / of))
-            else:
-                result = composite(scene, k[j], focus[j], lambda done: report(0.2 + 0.8 * done), aperture)
-            del scene
-            # What no blur reaches is the input itself, not the input decoded and encoded again.
-            untouched = ((result - picture).abs_() < UNTOUCHED).all(0)
-            out[i] = torch.where(untouched, original, result if linear else to_display(result))
+            windows = plan(height, width, _margin(height, width, widest, defocus.lens, matte is not None, snap_edges))
+            if progress is not None:
+                progress(i, frames)
+            hard = hardened.pop(i) if i in hardened else harden_edges(here(frame(defocus.disparity, i)), k[j])
+            small = cut_small(i, k[j], focus[j], hard) if every > 1 else None
+            for n, window in enumerate(windows):
+
+                def report(done: float, i: int = i, n: int = n, count: int = len(windows)) -> None:
+                    if progress is not None:
+                        progress(i + (n + done) / count, frames)
+
+                report(0)
+                out[i][(slice(None), *window.core)] = develop(i, k[j], focus[j], hard, window, small, report)
         if progress:
             progress(i + 1, frames)
     return out
+
+
+def _margin(height: int, width: int, widest: float, lens: Lens, matte: bool, snap_edges: bool) -> int:
+    mended = math.ceil(width / 300)
+    if matte:
+        mended += 2 * believed_band(width)
+    elif snap_edges:
+        mended += math.ceil(width / 256) + SNAP_WINDOW
+    return margin((height, width), widest, lens.aperture, mended)
+
+
+def piece_pixels(height: int, width: int, defocus: Defocus, *, matte: bool = False, snap_edges: bool = False) -> int:
+    """Pixels that `render` works on at once: those of the picture, or of the largest window of a large one."""
+    low, high = (float(v) for v in defocus.disparity.aminmax())
+    farthest = max(max(abs(low - f), abs(high - f)) for f in defocus.focus.tolist())
+    widest = float(defocus.k.abs().max()) * farthest
+    return max(window.pixels for window in plan(height, width, _margin(height, width, widest, defocus.lens, matte, snap_edges)))

@@ -70,12 +70,15 @@ def barrel_shift(aperture: Aperture, height: int, width: int) -> float:
     return aperture.cats_eye / max(math.hypot(width - 1, height - 1) / 2, 1.0)
 
 
-def magnify(image: torch.Tensor, magnification: float) -> torch.Tensor:
-    """[C, H, W] image enlarged about its centre, same size, bilinear; the border repeats."""
+def magnify(image: torch.Tensor, magnification: float, axis: tuple[float, float]) -> torch.Tensor:
+    """[C, H, W] image enlarged about the pixel at row and column `axis`, same size, bilinear; the border repeats."""
     if magnification == 1:
         return image
     height, width = image.shape[-2:]
-    x, y = (torch.linspace(-1, 1, n, device=image.device, dtype=image.dtype) / magnification for n in (width, height))
+    y, x = (
+        ((torch.arange(n, device=image.device, dtype=image.dtype) - middle) / magnification + middle) * (2 / max(n - 1, 1)) - 1
+        for n, middle in zip((height, width), axis, strict=True)
+    )
     grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1)[None]
     return F.grid_sample(image[None], grid, mode="bilinear", padding_mode="border", align_corners=True)[0]
 

@@ -5,25 +5,19 @@ at a few thresholds, chosen to separate as many depth jumps as possible while cu
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
-from ..filters import box_max, box_mean, box_min
+from ..filters import ROWS_PIXELS, box_max, box_mean, box_min, by_rows
 from .fill import CYCLES, harmonic_fill
 from .scene import Layer, Scene
+from .windows import Rim
 
 MAX_LAYERS = 4
 JUMP = 1.5  # px of signed defocus between neighbours: a silhouette, not a slope
 BINS = 256
-
-
-def _neighbours(s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lower and upper value of every horizontal and vertical neighbour pair of [..., H, W]: two flat tensors."""
-    a = torch.cat([s[..., 1:].flatten(), s[..., 1:, :].flatten()])
-    b = torch.cat([s[..., :-1].flatten(), s[..., :-1, :].flatten()])
-    return torch.minimum(a, b), torch.maximum(a, b)
 
 
 def thresholds(disparity: torch.Tensor, k: float, max_layers: int = MAX_LAYERS) -> list[float]:
@@ -35,24 +29,29 @@ def thresholds(disparity: torch.Tensor, k: float, max_layers: int = MAX_LAYERS) 
     Greedy: each cut is placed where (jumps crossed that no earlier cut separates) - (smooth neighbour pairs crossed) is largest, in the
     middle of the best interval, and only if that pays for more than a few percent of a picture edge.
     """
-    d = disparity.float()
-    lo, hi = float(d.min()), float(d.max())
+    frames = disparity.float() if disparity.ndim == 3 else disparity.float()[None]
+    lo, hi = float(frames.min()), float(frames.max())
     if (hi - lo) * abs(k) <= JUMP:
         return []
-    low, high = _neighbours((d - lo) * (BINS / (hi - lo)))
-    jump = (high - low) * (hi - lo) / BINS * abs(k) > JUMP
-    low, high = low.long().clamp(0, BINS), high.long().clamp(0, BINS)
+    # Neighbour pairs [lower bin, higher bin]: how many are smooth, how many jump.
+    smooth, jumps = (torch.zeros(BINS + 1, BINS + 1, dtype=torch.long, device=frames.device) for _ in range(2))
+    for a, b in _neighbours(frames):
+        low, high = torch.minimum(a, b), torch.maximum(a, b)
+        low, high = ((x - lo).mul_(BINS / (hi - lo)) for x in (low, high))
+        jump = (high - low) * (hi - lo) / BINS * abs(k) > JUMP
+        pair = low.long().clamp_(0, BINS) * (BINS + 1) + high.long().clamp_(0, BINS)
+        for which, count in ((jump, jumps), (~jump, smooth)):
+            count += torch.bincount(pair[which], minlength=count.numel()).view_as(count)
 
-    def crossings(which: torch.Tensor) -> torch.Tensor:
+    def crossings(pairs: torch.Tensor) -> torch.Tensor:
         """How many of the pairs each of the BINS + 1 bin borders lies between."""
-        step = torch.bincount(low[which] + 1, minlength=BINS + 2) - torch.bincount(high[which] + 1, minlength=BINS + 2)
-        return step.cumsum(0)[: BINS + 1]
+        return F.pad(pairs.sum(1) - pairs.sum(0), (1, 0)).cumsum(0)[: BINS + 1]
 
-    smooth = crossings(~jump)
-    enough = 0.02 * (d.shape[-1] + d.shape[-2]) * (d.numel() // (d.shape[-1] * d.shape[-2]))
+    across = crossings(smooth)
+    enough = 0.02 * (frames.shape[-1] + frames.shape[-2]) * len(frames)
     cuts: list[int] = []
     while len(cuts) < max_layers - 1:
-        score = crossings(jump) - smooth
+        score = crossings(jumps) - across
         best = int(score.max())
         if best <= enough:
             break
@@ -62,8 +61,18 @@ def thresholds(disparity: torch.Tensor, k: float, max_layers: int = MAX_LAYERS) 
             last += 1
         cut = (first + last) // 2
         cuts.append(cut)
-        jump = jump & ~((low < cut) & (high >= cut))
+        jumps[:cut, cut:] = 0
     return [lo + cut * (hi - lo) / BINS for cut in sorted(cuts)]
+
+
+def _neighbours(frames: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Every horizontal and vertical neighbour pair of [B, H, W] once, as two flat tensors, some rows at a time."""
+    for frame in frames:
+        rows = max(1, ROWS_PIXELS // frame.shape[1])
+        for top in range(0, len(frame), rows):
+            part = frame[top : top + rows + 1]
+            yield part[:rows, 1:].flatten(), part[:rows, :-1].flatten()
+            yield part[1:].flatten(), part[:-1].flatten()
 
 
 def harden_edges(disparity: torch.Tensor, k: float) -> torch.Tensor:
@@ -78,6 +87,11 @@ def harden_edges(disparity: torch.Tensor, k: float) -> torch.Tensor:
     """
     if k == 0:
         return disparity
+    radius = math.ceil(disparity.shape[1] / 300)
+    return by_rows(lambda part: _harden(part, k, radius), disparity, max(radius, 2))
+
+
+def _harden(disparity: torch.Tensor, k: float, radius: int) -> torch.Tensor:
     height, width = disparity.shape
     padded = F.pad(disparity[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
     steepest, level = torch.zeros_like(disparity), torch.zeros_like(disparity, dtype=torch.uint8)
@@ -90,7 +104,6 @@ def harden_edges(disparity: torch.Tensor, k: float) -> torch.Tensor:
     ramp = steep & (level < 4)  # no plateau: that would be itself and three of its eight neighbours
     if not bool(ramp.any()):
         return disparity
-    radius = math.ceil(width / 300)
     high, low = box_max(disparity, radius), box_min(disparity, radius)
     return torch.where(ramp, torch.where(disparity - low < high - disparity, low, high), disparity)
 
@@ -148,17 +161,17 @@ SNAP_WINDOW = 8  # px around a pixel in which each side's colours are measured
 SNAP_EVIDENCE = 3.0  # how much likelier (log of the likelihood, twice) the other side's colours must be
 
 
-def snap_to_colors(color: torch.Tensor, disparity: torch.Tensor, cuts: list[float], k: float) -> torch.Tensor:
+def snap_to_colors(color: torch.Tensor, disparity: torch.Tensor, cuts: list[float], k: float, frame: int | None = None) -> torch.Tensor:
     """Move misplaced depth edges to where the colours change: [H, W] disparity -> [H, W].
 
     Pixels within 1/256 of the width of a depth jump are judged by the colours of the pixels farther in on either side (mean and variance
     in a window): one that fits the other side clearly better takes its depth. Flat surroundings move, texture stays. Worth 1 to 8 dB
     where depth is shrunk by 2 px, but costs up to 2.5 dB where it is exact and hair-fine: a matte is always better.
 
-    color [3, H, W] linear light; cuts and k as for `build_scene`.
+    color [3, H, W] linear light; cuts and k as for `build_scene`; frame: width in px of the whole picture, where this is a part of it.
     """
     x = color.clamp_min(0).sqrt()
-    reach = math.ceil(color.shape[-1] / 256)
+    reach = math.ceil((frame or color.shape[-1]) / 256)
     for cut in cuts:
         near = disparity > cut
         band = box_max((_jump(disparity, k) & _beside(near)).to(color), reach) > 0
@@ -180,24 +193,43 @@ def snap_to_colors(color: torch.Tensor, disparity: torch.Tensor, cuts: list[floa
 BAND = 10  # px at widths up to 1024, in proportion above: depth this close to a matte's edge is not believed
 
 
-def regrow(disparity: torch.Tensor, matte: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def believed_band(width: int) -> int:
+    """px around a matte's edge in which depth is not believed, for pictures of a width."""
+    return max(BAND, math.ceil(BAND * width / 1024))
+
+
+def bands(matte: torch.Tensor, band: int) -> tuple[int, int]:
+    """The band in px inside and outside of a matte [H, W], narrowed where nothing of that side is as far from the edge."""
+    found = []
+    for inside in (matte, 1 - matte):
+        reach = band
+        while reach > 1 and not bool((by_rows(lambda part, r=reach: box_max((part < 1 - PURE).to(part), r), inside, reach) == 0).any()):
+            reach //= 2
+        found.append(reach)
+    return tuple(found)
+
+
+def regrow(
+    disparity: torch.Tensor, matte: torch.Tensor, reaches: tuple[int, int] | None = None, rim: Rim | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Disparity of the matted subject and of what surrounds it, each continued over the matte's edge: two [H, W].
 
     disparity, matte  [H, W]; matte 0..1, 1 = subject
+    reaches           as from `bands`; None = of this matte
+    rim               where the picture goes on beyond this part of it
 
     Depth maps are wrong by a few pixels along silhouettes, a matte is not. So both sides are grown again over the band within BAND px of
     the matte's edge from what lies farther in (RENDERERS.md, section 0, point 4). In the band a pixel keeps its own depth only if that
     fits its side of the matte better than the other side. Where a side is thinner than the band, the band narrows.
     """
-    width = disparity.shape[-1]
-    band = max(BAND, math.ceil(BAND * width / 1024))
     grown = []
-    for inside in (matte, 1 - matte):
-        reach = band
-        while not bool((core := box_max((inside < 1 - PURE).to(matte), reach) == 0).any()) and reach > 1:
-            reach //= 2  # thin subjects have no middle that far from their edge
-        core = core if bool(core.any()) else inside > 0.5
-        grown.append(harmonic_fill(disparity[None], core.to(disparity))[0])
+    for n, (inside, reach) in enumerate(zip((matte, 1 - matte), reaches or bands(matte, believed_band(matte.shape[-1])), strict=True)):
+        core = box_max((inside < 1 - PURE).to(matte), reach) == 0
+        core = (core if bool(core.any()) else inside > 0.5).to(disparity)
+        values = disparity[None].clone()
+        if rim is not None:
+            rim.tie(values, core, rim.overview.grown[n : n + 1])
+        grown.append(harmonic_fill(values, core)[0])
     subject, around = grown
     own = (disparity - subject).abs() <= (disparity - around).abs()
     return torch.where((matte > 0.5) & own, disparity, subject), torch.where((matte <= 0.5) & ~own, disparity, around)
@@ -229,8 +261,10 @@ def build_scene(
     matte: torch.Tensor | None = None,
     plate: torch.Tensor | None = None,
     check: Callable[[], None] | None = None,
+    reaches: tuple[int, int] | None = None,
+    rim: Rim | None = None,
 ) -> Scene:
-    """Cut a picture into complete layers.
+    """Cut a picture, or a part of it, into complete layers.
 
     color      [3, H, W] linear light
     disparity  [H, W]
@@ -239,16 +273,19 @@ def build_scene(
     matte      [H, W] 0..1 coverage of a subject, to be believed more than depth; its edge is the silhouette
     plate      [3, H, W] linear light, the scene without the subject (true or inpainted): shown where something nearer hides the rest
     check      called between steps; may raise to interrupt
+    reaches    for `regrow`; None = of this matte
+    rim        where the picture goes on beyond this part of it
 
     Silhouette pixels are split between the layers they mix. What a nearer layer hides is taken from the plate, or else continued smoothly
     from what is visible, in colour and in disparity; the farthest layer covers everything.
     """
     if matte is not None:
-        subject, around = regrow(disparity, matte)
+        subject, around = regrow(disparity, matte, reaches, rim)
         disparity = torch.where(matte > 0.5, subject, around)
     label = _label(disparity, cuts)
     # Which layer the plate shows: the surroundings of the subject, or without a matte the farthest layer.
-    uncovered = _label(around, cuts) if matte is not None else torch.full_like(label, int(label.min()))
+    farthest = int(label.min()) if rim is None else min(rim.overview.scene.numbers)
+    uncovered = _label(around, cuts) if matte is not None else torch.full_like(label, farthest)
     present = [i for i in range(len(cuts) + 1) if bool((label == i).any())]
     jump = _jump(disparity, k)
 
@@ -277,15 +314,23 @@ def build_scene(
         pure = own & visible & (mine > 1 - PURE)
         pure = pure if bool(pure.any()) else own
         hides = n + 1 < len(present)  # nothing hides the nearest layer: what lies beyond its edge is never seen
-        full = harmonic_fill(torch.cat([front, disparity[None]]), pure.to(color), CYCLES if hides else 0)
+        beyond = None if rim is None else rim.layer(index)
+        values, known = torch.cat([front, disparity[None]]), pure.to(color)
+        if beyond is not None:
+            rim.tie(values, known, beyond[:4])
+        full = harmonic_fill(values, known, CYCLES if hides else 0)
+        del values, known
         hidden = full[:3] if plate is None else torch.where(uncovered == index, plate, full[:3])
         shown, depth = torch.where(visible & (mine > 0), front, hidden), torch.where(own, disparity, full[3])
         full = hidden = front = None  # freed: there are as many again in the next fill
         if n == 0:
             alpha = torch.ones_like(disparity)
         else:
-            continues = harmonic_fill(own[None].to(color), (label <= index).to(color), cycles=1)[0] > 0.5
+            values, known = own[None].to(color), (label <= index).to(color)
+            if beyond is not None:
+                rim.tie(values, known, beyond[4:])
+            continues = harmonic_fill(values, known, cycles=1)[0] > 0.5
             alpha = torch.where(nearer < 0.5, (mine - nearer) / (1 - nearer), continues.to(color))
         layers.append(Layer(color=shown, alpha=alpha, disparity=depth))
         behind = shown if n == 0 else behind + alpha * (shown - behind)
-    return Scene(tuple(layers), estimated=matte is None)
+    return Scene(tuple(layers), estimated=matte is None, numbers=tuple(present))

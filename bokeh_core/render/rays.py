@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ..errors import BokehError
 from ..optics.lens import Aperture
 from .aperture import barrel_shift, colour_groups, profile, squeeze, transmission
-from .scene import Layer, Scene
+from .scene import Layer, Scene, View, whole
 
 CHUNK = 16  # rays summed in the scene's precision before they join the float64 total
 TILE_PIXELS = 1 << 18  # pixels worked on at once: the working set stays near the processor
@@ -143,6 +143,7 @@ def trace(
     tile: int | None = None,
     progress: Progress | None = None,
     device: torch.device | str | None = None,
+    view: View | None = None,
 ) -> torch.Tensor:
     """The picture of a scene through a lens, by aperture rays.
 
@@ -153,6 +154,7 @@ def trace(
     tile      rows worked on at once; None = about 260 000 pixels
     progress  called as progress(done, total) after every few rays of a tile; may raise to interrupt
     device    where to compute; None = where the scene is
+    view      the part of the frame that the scene is; None = all of it
 
     Returns [3, H, W] linear light on that device, in the dtype of the scene's colours. Sums are float64.
     Errors: BokehError when a plane is too steep for the blur (k |slope| >= 0.95) or fewer than 1 ray is asked for.
@@ -170,8 +172,9 @@ def trace(
     points, front, back = points.tolist(), front.tolist(), back.tolist()
 
     groups = colour_groups(aperture)
-    center = torch.tensor([(width - 1) / 2, (height - 1) / 2])
-    shift = barrel_shift(aperture, height, width)
+    view = view or whole(height, width)
+    center = torch.tensor(view.axis[::-1])
+    shift = barrel_shift(aperture, view.height, view.width)
     tile = tile or max(TILE_PIXELS // width, 1)
     tops = range(0, height, tile)
     chunks = range(0, len(points), CHUNK)

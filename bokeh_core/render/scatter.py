@@ -18,7 +18,7 @@ On a GPU with Triton `scatter_triton` does a level in one kernel; the torch form
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from ..optics.lens import Aperture
 from .aperture import Kernel, barrel_shift, kernel
 from .pyramid import down, up2
+from .scene import View, whole
 
 FLAT = 0.02  # slopes below this change no pixel visibly (about 60 dB)
 SHARP = 1e-3  # px; a smaller disk is its own pixel
@@ -94,6 +95,7 @@ def scatter(
     *,
     aperture: Aperture | None = None,
     lit: torch.Tensor | None = None,
+    view: View | None = None,
 ) -> torch.Tensor:
     """Spread every pixel of `values` over its image of the aperture.
 
@@ -103,11 +105,15 @@ def scatter(
     check     called between tiles; may raise to interrupt
     aperture  shape and looks; its colours (chromatic_*) are for the caller to take apart. None = a plain disk
     lit       [H, W] bool. Where no lit pixel reaches, nothing is computed and the result is 0 in every plane. None = all are lit
+    view      the part of the frame that the picture is; None = all of it
 
     Returns [C, H, W] float32. What leaves the frame, or is stopped by a cat's eye, is lost.
     """
-    shape, shift = _shape(aperture, radius)
-    return _pyramid(values, radius, slope, shape, shift, None if lit is None else reached(lit, radius), BLOCK, False, check)
+    shape, eye = _shape(aperture, radius, view)
+    blocks = None if view is None else _asked(view, radius)
+    if lit is not None:
+        blocks = reached(lit, radius) if blocks is None else reached(lit, radius) & blocks
+    return _pyramid(values, radius, slope, shape, eye, blocks, BLOCK, False, check)
 
 
 def scatter_moments(
@@ -117,26 +123,52 @@ def scatter_moments(
     check: Callable[[], None] | None = None,
     *,
     aperture: Aperture | None = None,
+    view: View | None = None,
 ) -> torch.Tensor:
     """First moments over the aperture of what `scatter` averages: sum_q values(q) w(s_q, p - q) (q - p) / s_q.
 
     With x = p + a s, (q - p) / s_q is the aperture point a that sees q; so this is E[v a], where scatter gives E[v]. 0 where radii are.
 
-    values, radius, check, aperture  as for `scatter`
+    values, radius, check, aperture, view  as for `scatter`
     blocks  as from `reached`: where the answer is wanted; elsewhere it is 0
 
     Returns [2, C, H, W]: x and y.
     """
-    shape, shift = _shape(aperture, radius)
-    out = _pyramid(values, radius, None, shape, shift, blocks, BLOCK, True, check)
+    shape, eye = _shape(aperture, radius, view)
+    if view is not None:
+        blocks = blocks & _asked(view, radius)
+    out = _pyramid(values, radius, None, shape, eye, blocks, BLOCK, True, check)
     return out.view(2, *values.shape)
 
 
-def _shape(aperture: Aperture | None, radius: torch.Tensor) -> tuple[Kernel, float]:
-    """The kernel, with its table where the radii [H, W] are, and the cat's eye's shift per px."""
+@dataclass(frozen=True)
+class _Eye:
+    """Cat's eye: how far the barrel's rear rim shifts per px, and from which row and column."""
+
+    shift: float
+    y: float
+    x: float
+
+    def coarser(self, h: int, w: int) -> "_Eye":
+        """The same on the grid of half the size. There odd grids keep samples 0, 2, 4, ..., even ones lie between two."""
+        y, x = (at if n == 1 else (at - 0.5 * (n % 2 == 0)) / 2 for at, n in ((self.y, h), (self.x, w)))
+        return _Eye(2 * self.shift, y, x)
+
+
+def _shape(aperture: Aperture | None, radius: torch.Tensor, view: View | None) -> tuple[Kernel, _Eye | None]:
+    """The kernel, with its table where the radii [H, W] are, and the cat's eye if there is one."""
     shape = kernel(aperture)
-    shift = barrel_shift(aperture, *radius.shape) if aperture is not None else 0.0
-    return replace(shape, table=shape.table.to(radius.device)), shift
+    view = view or whole(*radius.shape)
+    shift = barrel_shift(aperture, view.height, view.width) if aperture is not None else 0.0
+    return replace(shape, table=shape.table.to(radius.device)), _Eye(shift, *view.axis) if shift else None
+
+
+def _asked(view: View, radius: torch.Tensor) -> torch.Tensor:
+    """[ceil(H / BLOCK), ceil(W / BLOCK)] bool: blocks that are asked for, and two around them for the coarser grids."""
+    blocks = torch.zeros([-(-n // BLOCK) for n in radius.shape], dtype=torch.bool, device=radius.device)
+    rows, columns = (slice(max(0, part.start // BLOCK - 2), -(-part.stop // BLOCK) + 2) for part in view.asked)
+    blocks[rows, columns] = True
+    return blocks
 
 
 def reached(lit: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
@@ -152,15 +184,15 @@ def reached(lit: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     return blocks[0, 0] > 0
 
 
-def _pyramid(values, radius, slope, shape: Kernel, shift: float, reached, block: float, moments: bool, check) -> torch.Tensor:
+def _pyramid(values, radius, slope, shape: Kernel, eye: _Eye | None, reached, block: float, moments: bool, check) -> torch.Tensor:
     """Radii up to r0 on this grid, larger ones on one of half the resolution. `block`: px of this grid in a block of `reached`."""
     h, w = radius.shape
     far = radius.abs() > shape.r0
     if not bool(far.any()):
-        return _scatter_level(values, radius, slope, None, shape, shift, reached, block, moments, check)
+        return _scatter_level(values, radius, slope, None, shape, eye, reached, block, moments, check)
     near = ~far
     if bool(near.any()):
-        out = _scatter_level(values, radius, slope, near, shape, shift, reached, block, moments, check)
+        out = _scatter_level(values, radius, slope, near, shape, eye, reached, block, moments, check)
     else:
         out = torch.zeros_like(values).repeat(2 if moments else 1, 1, 1)
 
@@ -172,21 +204,23 @@ def _pyramid(values, radius, slope, shape: Kernel, shift: float, reached, block:
     back, front = (2 / v for v in shape.variance)
     lost = back if back == front else torch.where(radius > 0, front, back)
     smaller = coarser((radius.square() - lost).clamp_min(0).sqrt() / 2) / weight
-    if shape.sided or shift or moments:
+    if shape.sided or eye or moments:
         smaller = smaller.copysign(coarser(radius))
     slopes = None if slope is None else torch.stack([coarser(plane) / weight for plane in slope])
     area = (2 if h > 1 else 1) * (2 if w > 1 else 1)  # pixels of this grid in one of the coarser
     # One channel at a time: pictures are large, and memory is what users run out of.
     coarse = torch.stack([coarser(plane) for plane in values])
-    coarse = _pyramid(coarse, smaller, slopes, shape, 2 * shift, reached, block / 2, moments, check)
+    coarse = _pyramid(coarse, smaller, slopes, shape, eye and eye.coarser(h, w), reached, block / 2, moments, check)
     for plane, add in zip(out, coarse, strict=True):
         plane += up2(add / area, h, w)
     return out
 
 
-def _scatter_level(values, radius, slope, near, shape: Kernel, shift: float, reached, block: float, moments: bool, check) -> torch.Tensor:
+def _scatter_level(
+    values, radius, slope, near, shape: Kernel, eye: _Eye | None, reached, block: float, moments: bool, check
+) -> torch.Tensor:
     """The scatter sum of the pixels `near` (None = all), whose radii are up to r0, tile by tile."""
-    fused = None if shift else _fused(values.device)
+    fused = None if eye else _fused(values.device)
     if fused is not None:
         if check is not None:
             check()
@@ -230,10 +264,10 @@ def _scatter_level(values, radius, slope, near, shape: Kernel, shift: float, rea
         if moments:
             source *= signed / (signed.square() + 2 / 3)  # 1 / s, damped as in _tilt
         here.zero_()
-        if shape.even and not shift:
+        if shape.even and not eye:
             _collect_even(here, source, boxes, tilt, shape, reach, moments)
         else:
-            barrel = _Barrel(signed, shift, (y - reach - (h - 1) / 2, x - reach - (w - 1) / 2)) if shift else None
+            barrel = _Barrel(signed, eye.shift, (y - reach - eye.y, x - reach - eye.x)) if eye else None
             _collect(here, source, boxes, tilt, barrel, shape, reach, moments)
 
     _each(collect, [(y, x) for y in range(0, h, rows) for x in range(0, w, cols)], values.device, check)
@@ -259,7 +293,7 @@ def _fused(device: torch.device) -> Callable | None:
         return None
     values = torch.arange(2 * 40 * 40, dtype=torch.float32, device=device).remainder(7).view(2, 40, 40)
     radius = torch.linspace(-9, 12, 40 * 40, device=device).view(40, 40)
-    shape, _ = _shape(None, radius)
+    shape, _ = _shape(None, radius, None)
     try:
         from .scatter_triton import level
 
@@ -419,7 +453,7 @@ class _Barrel:
     """
 
     def __init__(self, signed: torch.Tensor, shift: float, corner: tuple[float, float]):
-        """signed: [h, w] px; corner: row and column of the window's first pixel, from the picture's centre."""
+        """signed: [h, w] px; corner: row and column of the window's first pixel, from the lens's axis."""
         y, x = (torch.arange(n, device=signed.device) + start for n, start in zip(signed.shape, corner, strict=True))
         e = (1 - signed * shift).clamp_min(0.05)
         scale = signed * shift / e

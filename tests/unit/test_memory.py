@@ -269,7 +269,7 @@ def test_the_physical_renderer(nodes, width, lens, more, most):
     aperture._general.cache_clear()  # other tests may have made this aperture's table already, which takes most of the memory here
     with LiveBytes([image, disparity, *options.values()]) as live:
         render(image, defocus, **{name: options[name] for name in more})
-    promised = sys.modules[nodes["BokehRender"].__module__].working_memory(width * 2 // 3, width)
+    promised = sys.modules[nodes["BokehRender"].__module__].working_memory(width * 2 // 3, width, defocus, bool(more))
     between(promised, live.peak, most)
 
 
