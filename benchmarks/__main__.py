@@ -1,6 +1,6 @@
 """Where the seconds and bytes go, as ratios measured in turns in one process.
 
-    python -m benchmarks                               every part: a table in Markdown, under ten minutes on two cores
+    python -m benchmarks                               every part: a table in Markdown; ten and a half minutes on two cores
     python -m benchmarks --only physical,depth --quick  some parts, on small sizes
     python -m benchmarks --device cuda --json F --markdown F --history DIR
 
@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 PARTS = ("physical", "depth", "bokehdiff", "magicbokeh", "any_to_bokeh", "kontext_stack", "dsfa", "scale")
-MORE = ("large", "sweep")  # only when named: long, and not a matter of speed
+MORE = ("large", "precision", "sweep")  # only when named: long, or not a matter of speed
 
 
 def machine(device: str) -> str:

@@ -72,10 +72,14 @@ def accuracy(r_max, size=128):
 
 
 def photo(width, height, radius, device="cpu"):
-    """The demo scene and its defocus, with radii up to `radius`."""
-    scene = demo_scene(0, width, height)
-    disparity = scene["disparity"][None].to(device)
-    return scene["image"][None].to(device), Defocus(disparity, torch.tensor([0.5]), torch.tensor([2.0 * radius]), Lens(), False)
+    """The demo scene, enlarged from 2 megapixels where it is larger, and its defocus with radii up to `radius`."""
+    shrunk = max(1.0, math.sqrt(width * height / 2e6))
+    scene = demo_scene(0, round(width / shrunk), round(height / shrunk))
+    image, disparity = scene["image"][None], scene["disparity"][None]
+    if shrunk > 1:
+        image = F.interpolate(image, (height, width), mode="bilinear", align_corners=False)
+        disparity = F.interpolate(disparity[None], (height, width), mode="nearest")[0]
+    return image.to(device), Defocus(disparity.to(device), torch.tensor([0.5]), torch.tensor([2.0 * radius]), Lens(), False)
 
 
 def measure(quick, device):

@@ -268,7 +268,7 @@ def render(
     def small_light(batch: torch.Tensor, i: int, name: str) -> torch.Tensor:
         """The small copy of picture i as linear light; all of the picture is checked on the way."""
         rows = every * max(1, ROWS_PIXELS // (every * width))
-        parts = [light(part, i, name) for part in frame(batch, i).split(rows, dim=1)]
+        parts = (light(part, i, name) for part in frame(batch, i).split(rows, dim=1))
         return torch.cat([F.avg_pool2d(part, every) for part in parts if part.shape[1] >= every], 1)
 
     def cover(picture: torch.Tensor, i: int) -> torch.Tensor:

@@ -154,7 +154,7 @@ def trace(
     tile      rows worked on at once; None = about 260 000 pixels
     progress  called as progress(done, total) after every few rays of a tile; may raise to interrupt
     device    where to compute; None = where the scene is
-    view      the part of the frame that the scene is; None = all of it
+    view      the part of the frame that the scene is, and its rows that are asked for; None = all of it
 
     Returns [3, H, W] linear light on that device, in the dtype of the scene's colours. Sums are float64.
     Errors: BokehError when a plane is too steep for the blur (k |slope| >= 0.95) or fewer than 1 ray is asked for.
@@ -176,14 +176,15 @@ def trace(
     center = torch.tensor(view.axis[::-1])
     shift = barrel_shift(aperture, view.height, view.width)
     tile = tile or max(TILE_PIXELS // width, 1)
-    tops = range(0, height, tile)
+    asked = view.asked[0]
+    tops = range(asked.start, asked.stop, tile)
     chunks = range(0, len(points), CHUNK)
     # Devices without float64 keep their totals on the processor.
     home = torch.device("cpu") if device.type == "mps" else device
     out = torch.empty_like(first, device=device)
     done = 0
     for top in tops:
-        rows = slice(top, min(top + tile, height))
+        rows = slice(top, min(top + tile, asked.stop))
         y, x = torch.meshgrid(
             torch.arange(rows.start, rows.stop, device=device, dtype=first.dtype),
             torch.arange(width, device=device, dtype=first.dtype),
