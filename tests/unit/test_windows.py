@@ -91,7 +91,8 @@ def test_windows_give_the_picture_that_one_piece_gives(monkeypatch, given, optio
     monkeypatch.setattr(windows, "WHOLE", PIECE)
     monkeypatch.setattr(windows, "SMALL", 40_000)
     pieces = render(image, defocus, **options)
-    # Whether colours move an edge, or a matte's side keeps its depth, is a matter of yes or no for a pixel here and there; all else is what tiles of the scatter differ by.
+    # Whether colours move an edge, or a matte's side keeps its depth, is a matter of yes or no for a pixel here and there; all else is
+    # what tiles of the scatter differ by.
     others = ((pieces - whole).abs() > 1 / 255).float().mean()
     assert float(others) <= (1e-4 if {"snap_edges", "matte"} & options.keys() else 0)
     assert psnr(pieces, whole) > 75
