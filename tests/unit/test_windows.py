@@ -31,7 +31,7 @@ def case(width=WIDTH, height=HEIGHT, radius=9.0, focus=0.5, aperture=None):
     return scene["image"][None], Defocus(scene["disparity"][None], torch.tensor([focus]), torch.tensor([2 * radius]), lens, False)
 
 
-def subject(number=11):
+def subject(number=4):
     """The true matte of one of the demo's things."""
     return demo_scene(0, WIDTH, HEIGHT)["layers"].layers[number].alpha[None].float()
 
@@ -72,11 +72,8 @@ LOOKS = Aperture(cats_eye=0.8, chromatic_lateral=1.0, chromatic_longitudinal=1.0
         ({}, {}),
         ({"radius": 40.0, "focus": 0.95}, {}),
         ({"aperture": LOOKS, "radius": 4.0, "focus": 0.1}, {}),
-        ({"aperture": Aperture(blades=5, rotation=20.0)}, {}),
         ({}, {"snap_edges": True}),
-        ({}, {"clean_plate": 0.3}),
-        ({"radius": 15.0}, {"matte": 11}),
-        ({"radius": 6.0}, {"matte": 4, "clean_plate": 0.3}),
+        ({"radius": 15.0}, {"matte": 4, "clean_plate": 0.3}),
         ({"radius": 5.0, "aperture": LOOKS}, {"quality": "reference", "rays": 12}),
     ],
 )
@@ -91,8 +88,7 @@ def test_windows_give_the_picture_that_one_piece_gives(monkeypatch, given, optio
     monkeypatch.setattr(windows, "WHOLE", PIECE)
     monkeypatch.setattr(windows, "SMALL", 40_000)
     pieces = render(image, defocus, **options)
-    # Whether colours move an edge, or a matte's side keeps its depth, is a matter of yes or no for a pixel here and there; all else is
-    # what tiles of the scatter differ by.
+    # Whether colours move an edge, or a matte's side keeps its depth, is a matter of yes or no for a pixel here and there.
     others = ((pieces - whole).abs() > 1 / 255).float().mean()
     assert float(others) <= (1e-4 if {"snap_edges", "matte"} & options.keys() else 0)
     assert psnr(pieces, whole) > 75
