@@ -69,7 +69,7 @@ def margin(size: tuple[int, int], widest: float, aperture: Aperture, layering: i
     """
     farthest = 1.25 * widest * (1 + AXIAL_SCALE * aperture.chromatic_longitudinal)  # the coarser grids spread a little farther
     farthest += LATERAL_SCALE * aperture.chromatic_lateral * max(size) / 2
-    return math.ceil(min(farthest, 1e9)) + 8 + layering + SETTLED
+    return math.ceil(farthest if farthest <= 1e9 else 1e9) + 8 + layering + SETTLED  # 1e9 for NaN too: `render` refuses both
 
 
 def plan(height: int, width: int, margin: int) -> list[Window]:

@@ -59,6 +59,7 @@ def test_one_window_up_to_4k_and_where_nothing_else_helps():
     assert len(windows.plan(2160, 4096, 500)) == 1
     (window,) = windows.plan(4320, 7680, 9000)  # every window would be the picture
     assert window.pixels == 4320 * 7680 and window.within == window.core
+    assert windows.margin((100, 100), float("nan"), Aperture(), 0) > 1e8  # `render` says what is wrong
     middling = windows.plan(4320, 7680, 1500)
     assert 1 < len(middling) and sum(w.pixels for w in middling) <= windows.MOST_WORK * 4320 * 7680
 
