@@ -4,6 +4,7 @@ A job is a workflow in ComfyUI's API format (*Export (API)*). Every server has o
 job back, and is asked again later. Nothing but the Python standard library.
 """
 
+import http.client
 import json
 import queue
 import threading
@@ -20,6 +21,8 @@ EVERY = 1.0  # s between two questions to a server
 PATIENCE = 5  # questions in a row without an answer, until a server counts as lost
 COMES_BACK = 30.0  # s until a lost server is tried again
 LOSSES = 3  # servers lost over one job until it is left out
+# No answer (urllib's errors are OSErrors), half of one, or no sense in it: a lost server.
+LOST = (OSError, http.client.HTTPException, ValueError, KeyError)
 
 
 def run(
@@ -64,7 +67,7 @@ def run(
                 continue
             try:
                 end(name, server, _do(server, jobs[name], output / name, every, stop))
-            except OSError:  # no answer; urllib's errors are OSErrors
+            except LOST:
                 gone.add(server)
                 lost[name] += 1
                 if lost[name] >= LOSSES:
@@ -88,12 +91,12 @@ def answering(server: str) -> str | None:
     """ComfyUI's version, or None when the server does not answer."""
     try:
         return _ask(f"{server}/system_stats")["system"].get("comfyui_version", "")
-    except (OSError, ValueError, KeyError):
+    except LOST:
         return None
 
 
 def _do(server: str, prompt: dict, folder: Path, every: float, stop: threading.Event) -> str:
-    """Run one prompt on a server and fetch its files. Returns what went wrong, or an empty text. Raises OSError for a lost server."""
+    """Run one prompt on a server and fetch its files. Returns what went wrong, or an empty text. Raises one of LOST for a lost server."""
     try:
         number = _ask(f"{server}/prompt", {"prompt": prompt, "client_id": "bokeh-farm"})["prompt_id"]
     except urllib.error.HTTPError as error:  # it is there, and does not want the job

@@ -10,17 +10,6 @@ from .schema import Defocus, choice, known, switch, whole
 QUALITIES = ("fast", "reference")
 
 
-def working_memory(height: int, width: int, defocus, matte: bool = False, snap_edges: bool = False) -> int:
-    """Bytes that one frame needs, of any look: about 290 a pixel and 100 MB for shaped apertures were counted.
-
-    Of pictures above 9 megapixels one window is worked on at a time, beside a few planes of the whole.
-    """
-    from ..bokeh_core.render import piece_pixels
-
-    piece = piece_pixels(height, width, defocus, matte=matte, snap_edges=snap_edges)
-    return 450 * piece + (24 * height * width if piece < height * width else 0) + (128 << 20)
-
-
 class BokehRender(io.ComfyNode):
     """Physically based depth of field, no model needed."""
 
@@ -90,7 +79,7 @@ class BokehRender(io.ComfyNode):
     def execute(
         cls, image, defocus, quality=QUALITIES[0], linear=False, matte=None, clean_plate=None, rays=1024, snap_edges=False
     ) -> io.NodeOutput:
-        from ..bokeh_core.render import render
+        from ..bokeh_core.render import activation_bytes, render
         from ..bokeh_core.video.stabilisation import find_shots
 
         count = inputs.scene(image, defocus)
@@ -109,7 +98,7 @@ class BokehRender(io.ComfyNode):
                     "at the same size. Scale or crop the plate."
                 )
             clean_plate = clean_plate[..., :3].movedim(-1, 1)
-        host.make_room(working_memory(height, width, defocus, matte is not None, snap_edges))
+        host.make_room(activation_bytes(height, width, defocus, matte=matte is not None, snap_edges=snap_edges))
         result = image.new_empty((count, height, width, channels), device=host.output_device())
         result[..., 3:] = image[..., 3:]
         step = host.progress()

@@ -9,10 +9,9 @@ from comfy_api.latest import io
 from ..bokeh_core.errors import BokehError
 from ..bokeh_core.optics.defocus import Defocus as CoreDefocus
 from ..bokeh_core.optics.lens import Lens as CoreLens
-from ..bokeh_core.optics.stack import BokehStack, stack_radius, thin_lens_k
+from ..bokeh_core.optics.stack import BokehStack, thin_lens_k
 from ..bokeh_core.samplers.kontext_stack import recipe
 from . import host, inputs
-from .render import working_memory
 from .schema import Defocus, Lens, Stack, choice, files, known, number, whole
 
 FILE, FOLDERS = "bokeh_lora.bin", ("loras", "model_patches")
@@ -226,7 +225,8 @@ class BokehStackRendered(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, defocus, k_values, k_per=WHOLE_RANGE) -> io.NodeOutput:
-        from ..bokeh_core.render.stack import render_stack
+        from ..bokeh_core.render import activation_bytes
+        from ..bokeh_core.render.stack import of_strength, render_stack
 
         photo, k = inputs.one(image), recipe.parse_k_list(k_values)
         inputs.require(defocus, CoreDefocus, "defocus", "Set Focus and Blur")
@@ -234,8 +234,7 @@ class BokehStackRendered(io.ComfyNode):
             (h, w), (height, width) = photo.shape[1:], defocus.disparity.shape[1:]
             raise BokehError(f"The image is {w}x{h} px and its defocus {width}x{height} px; connect the same photo to both nodes.")
         per_dioptre = k_per == DIOPTRE
-        widest = replace(defocus, k=torch.full_like(defocus.k, stack_radius(max(k), defocus, per_dioptre=per_dioptre)))
-        host.make_room(working_memory(*photo.shape[1:], widest))
+        host.make_room(activation_bytes(*photo.shape[1:], of_strength(defocus, max(k), per_dioptre=per_dioptre)))
         stack = render_stack(photo, defocus, k, per_dioptre=per_dioptre, progress=host.progress(), device=host.compute_device())
         return _result(stack, cls)
 

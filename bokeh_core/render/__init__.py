@@ -289,8 +289,8 @@ def render(
             hardened[start] = depths[0]
         return _shot_cuts(depths, strongest, mattes)
 
-    def cut_small(i: int, strength: float, sharp: float, disparity: torch.Tensor) -> tuple[Overview, tuple[int, int] | None]:
-        """The small copy of frame i, cut into layers; and how far to look around a matte's edge, for `regrow`."""
+    def cut_small(i: int, strength: float, sharp: float, disparity: torch.Tensor) -> Overview:
+        """The small copy of frame i, cut into layers."""
         radius = strength * (here(thin(frame(defocus.disparity, i), every)) - sharp)
         source = recover_highlights(small_light(image, i, "Picture"), lens, radius)
         plate = None if clean_plate is None else small_light(clean_plate, i, "Clean plate")
@@ -298,15 +298,15 @@ def render(
         if matte is None:
             if snap_edges:
                 disparity = snap_to_colors(source, disparity, cuts, strength / every)
-            return Overview(build_scene(source, disparity, cuts, strength / every, None, plate), every), None
+            return Overview(build_scene(source, disparity, cuts, strength / every, None, plate), every)
         subject = cover(frame(matte, i), i)
         reaches = bands(subject, believed_band(width))
         subject = thin(subject, every)
         scene = build_scene(source, disparity, cuts, strength / every, subject, plate, reaches=_thinner(reaches, every))
-        return Overview(scene, every, _grown_small(disparity, subject, reaches, every)), reaches
+        return Overview(scene, every, _grown_small(disparity, subject, reaches, every), reaches)
 
     def develop(
-        i: int, strength: float, sharp: float, hard: torch.Tensor, window: Window, small: tuple | None, report: Report
+        i: int, strength: float, sharp: float, hard: torch.Tensor, window: Window, overview: Overview | None, report: Report
     ) -> torch.Tensor:
         """The core of a window of frame i, as the input is encoded."""
         original = here(window.of(frame(image, i)))
@@ -318,8 +318,8 @@ def render(
         if snap_edges and matte is None:
             disparity = snap_to_colors(source, disparity, cuts, strength, width)
         rim, reaches, view = None, None, None
-        if small is not None:
-            rim, reaches = Rim(small[0], window, device), small[1]
+        if overview is not None:
+            rim, reaches = Rim(overview, window, device), overview.reaches
             view = View(height, width, window.rows.start, window.columns.start, window.within)
         scene = build_scene(source, disparity, cuts, strength, subject, plate, lambda: report(0.1), reaches, rim)
         del source, disparity, plate, subject
@@ -348,8 +348,7 @@ def render(
         if k[j] == 0:
             out[i] = frame(image, i)
         else:
-            low, high = (float(v) for v in frame(defocus.disparity, i).aminmax())
-            widest = abs(k[j]) * max(abs(low - focus[j]), abs(high - focus[j]))
+            widest = _widest(frame(defocus.disparity, i).aminmax(), k[j], focus[j])
             if not widest <= WIDEST:
                 raise BokehError(
                     f"The blur radius comes to {widest:.3g} px; check the blur strength, and that depth in metres is in metres."
@@ -358,7 +357,7 @@ def render(
             if progress is not None:
                 progress(i, frames)
             hard = hardened.pop(i) if i in hardened else harden_edges(here(frame(defocus.disparity, i)), k[j])
-            small = cut_small(i, k[j], focus[j], hard) if every > 1 else None
+            overview = cut_small(i, k[j], focus[j], hard) if every > 1 else None
             for n, window in enumerate(windows):
 
                 def report(done: float, i: int = i, n: int = n, count: int = len(windows)) -> None:
@@ -366,10 +365,16 @@ def render(
                         progress(i + (n + done) / count, frames)
 
                 report(0)
-                out[i][(slice(None), *window.core)] = develop(i, k[j], focus[j], hard, window, small, report)
+                out[i][(slice(None), *window.core)] = develop(i, k[j], focus[j], hard, window, overview, report)
         if progress:
             progress(i + 1, frames)
     return out
+
+
+def _widest(span: tuple[torch.Tensor, torch.Tensor], k: float, focus: float) -> float:
+    """px of the largest blur radius, of disparities from span[0] to span[1]."""
+    low, high = (float(v) for v in span)
+    return abs(k) * max(abs(low - focus), abs(high - focus))
 
 
 def _margin(height: int, width: int, widest: float, lens: Lens, matte: bool, snap_edges: bool) -> int:
@@ -383,7 +388,15 @@ def _margin(height: int, width: int, widest: float, lens: Lens, matte: bool, sna
 
 def piece_pixels(height: int, width: int, defocus: Defocus, *, matte: bool = False, snap_edges: bool = False) -> int:
     """Pixels that `render` works on at once: those of the picture, or of the largest window of a large one."""
-    low, high = (float(v) for v in defocus.disparity.aminmax())
-    farthest = max(max(abs(low - f), abs(high - f)) for f in defocus.focus.tolist())
-    widest = float(defocus.k.abs().max()) * farthest
+    span = defocus.disparity.aminmax()
+    widest = max(_widest(span, strength, sharp) for strength, sharp in zip(defocus.k.tolist(), defocus.focus.tolist(), strict=True))
     return max(window.pixels for window in plan(height, width, _margin(height, width, widest, defocus.lens, matte, snap_edges)))
+
+
+def activation_bytes(height: int, width: int, defocus: Defocus, *, matte: bool = False, snap_edges: bool = False) -> int:
+    """Bytes that `render` needs for one frame, of any look: about 290 a pixel and 100 MB for shaped apertures were counted.
+
+    Of a large picture one window is worked on at a time, beside a few planes of the whole.
+    """
+    piece = piece_pixels(height, width, defocus, matte=matte, snap_edges=snap_edges)
+    return 450 * piece + (24 * height * width if piece < height * width else 0) + (128 << 20)

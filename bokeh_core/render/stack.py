@@ -10,6 +10,11 @@ from ..optics.stack import BokehStack, stack_radius
 from . import Progress, render
 
 
+def of_strength(defocus: Defocus, k: float, *, per_dioptre: bool) -> Defocus:
+    """The same defocus with the blur of a stack's K (see `optics.stack.stack_radius`)."""
+    return replace(defocus, k=torch.full_like(defocus.k, stack_radius(k, defocus, per_dioptre=per_dioptre)))
+
+
 def render_stack(
     image: torch.Tensor,
     defocus: Defocus,
@@ -36,6 +41,5 @@ def render_stack(
             if progress is not None:
                 progress(i + done / total, len(k))
 
-        strength = torch.full_like(defocus.k, stack_radius(value, defocus, per_dioptre=per_dioptre))
-        render(image[None], replace(defocus, k=strength), progress=share, device=device, out=frames[i : i + 1])
+        render(image[None], of_strength(defocus, value, per_dioptre=per_dioptre), progress=share, device=device, out=frames[i : i + 1])
     return BokehStack(image, frames.clamp(0, 1), k, per_dioptre, "rendered")

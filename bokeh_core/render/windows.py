@@ -119,14 +119,16 @@ def _spans(size: int, margin: int, count: int) -> list[tuple[slice, slice]]:
 class Overview:
     """The small copy of a picture, cut into layers.
 
-    scene   its layers
-    step    pixels of the picture in one of it, along an axis
-    grown   [2, h, w] disparity of the matted subject and of its surroundings, or None
+    scene    its layers
+    step     pixels of the picture in one of it, along an axis
+    grown    [2, h, w] disparity of the matted subject and of its surroundings, or None
+    reaches  px of the picture that these were grown again over, as from `layering.bands`
     """
 
     scene: Scene
     step: int
     grown: torch.Tensor | None = None
+    reaches: tuple[int, int] | None = None
 
 
 class Rim:

@@ -111,12 +111,12 @@ def test_two_workers_survive_the_loss_of_one(tmp_path, monkeypatch):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """As much of ComfyUI's queue as the farm uses. Jobs named in `deadly` take the server down."""
+    """As much of ComfyUI's queue as the farm uses. Jobs named in `deadly` take the server down, those in `cut` while their file is sent."""
 
     daemon_threads = True
 
-    def __init__(self, deadly=()):
-        self.jobs, self.deadly, self.dead = {}, deadly, False
+    def __init__(self, deadly=(), cut=()):
+        self.jobs, self.deadly, self.cut, self.dead = {}, deadly, cut, False
         super().__init__(("127.0.0.1", 0), Answer)
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -160,6 +160,13 @@ class Answer(http.server.BaseHTTPRequestHandler):
                 return self.answer({rest: {"status": status}})
             file = {"filename": "../" + self.server.jobs[rest] + ".png", "subfolder": "", "type": "output"}
             return self.answer({rest: {"status": {"status_str": "success"}, "outputs": {"2": {"images": [file]}}}})
+        if any(f"{name}.png" in self.path for name in self.server.cut):
+            self.server.dead = True
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"half")
+            return self.connection.close()
         self.answer(self.server.url.encode())
 
 
@@ -181,6 +188,20 @@ def test_the_farm_gives_the_job_of_a_lost_server_to_another(tmp_path):
     assert lost.dead
     for name in "abcd":
         assert (tmp_path / name / f"{name}.png").is_file()  # and never outside of its folder
+    assert {(tmp_path / name / f"{name}.png").read_text() for name in "ab"} == {good.url}
+
+
+def test_a_server_lost_while_it_sends_a_file_loses_nothing(tmp_path):
+    lost, good, ended = Server(cut=("a", "b")), Server(), {}
+    farm.run(
+        prompts("a", "b", "c"),
+        [lost.url, good.url],
+        tmp_path,
+        lambda *words: ended.update({words[0]: words[1:]}),
+        every=0.02,
+        comes_back=0.2,
+    )
+    assert lost.dead and set(ended) == set("abc") and not any(sentence for _, sentence in ended.values())
     assert {(tmp_path / name / f"{name}.png").read_text() for name in "ab"} == {good.url}
 
 

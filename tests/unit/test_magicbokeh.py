@@ -13,6 +13,7 @@ from bokeh_core.checkpoints.stable_diffusion import Part
 from bokeh_core.errors import BokehError
 from bokeh_core.optics.defocus import Defocus
 from bokeh_core.optics.lens import Lens
+from bokeh_core.renderers_cli import _shrinking
 from bokeh_core.samplers.colour_fix import adain, mean_fix, wavelet_fix, wavelet_parts
 from bokeh_core.samplers.magicbokeh import sampler
 from bokeh_core.samplers.magicbokeh.checkpoint import DROPPED, MagicBokeh, Placed, blueprints, load_magicbokeh, read_blueprints
@@ -456,18 +457,9 @@ def test_out_of_memory_halves_the_patches_and_finishes(plain, monkeypatch):
             raise torch.OutOfMemoryError("no room")
         return predict(model, latents, maps)
 
-    def shrinking(work, size, smallest=1):
-        while True:
-            try:
-                return work(size)
-            except torch.OutOfMemoryError:
-                if size <= smallest:
-                    raise
-            size = max(smallest, size // 2)
-
     monkeypatch.setattr(sampler, "predict", tight)
     loads = []
-    found = sampler.render(plain, photo, ramp(512, 700), shrinking=shrinking, load=lambda parts, size: loads.append((len(parts), size)))
+    found = sampler.render(plain, photo, ramp(512, 700), shrinking=_shrinking, load=lambda parts, size: loads.append((len(parts), size)))
     assert sizes == [2, 1, 1]
     assert torch.allclose(found, wanted, atol=1e-4)
     assert [count for count, _ in loads] == [1, 2, 2, 1] and loads[1][1] == 2 * loads[2][1]

@@ -6,7 +6,6 @@ fused attention, as every device has it that runs these networks. What kernels b
 """
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from bokeh_core.depth.upsampling import guided_upsample
 from bokeh_core.optics.defocus import make_defocus
 from bokeh_core.optics.lens import Aperture, Lens
 from bokeh_core.optics.stack import BokehStack
-from bokeh_core.render import aperture, render
+from bokeh_core.render import activation_bytes, aperture, render
 from bokeh_core.salient import ldf
 from bokeh_core.samplers.any_to_bokeh import checkpoint as any_to_bokeh_files
 from bokeh_core.samplers.any_to_bokeh import sampler as any_to_bokeh
@@ -261,7 +260,7 @@ def test_depth_from_a_sweep(height, width, frames):
         (240, Lens(strength=30.0, aperture=Aperture(blades=6), highlights=4.0), (), 3.0),
     ],
 )
-def test_the_physical_renderer(nodes, width, lens, more, most):
+def test_the_physical_renderer(width, lens, more, most):
     scene = demo_scene(0, width, width * 2 // 3)
     image, disparity = scene["image"][None], scene["disparity"][None]
     options = {"matte": (disparity > disparity.median()).float(), "clean_plate": image * 0.5}
@@ -269,7 +268,7 @@ def test_the_physical_renderer(nodes, width, lens, more, most):
     aperture._general.cache_clear()  # other tests may have made this aperture's table already, which takes most of the memory here
     with LiveBytes([image, disparity, *options.values()]) as live:
         render(image, defocus, **{name: options[name] for name in more})
-    promised = sys.modules[nodes["BokehRender"].__module__].working_memory(width * 2 // 3, width, defocus, bool(more))
+    promised = activation_bytes(width * 2 // 3, width, defocus, matte=bool(more))
     between(promised, live.peak, most)
 
 
